@@ -1,0 +1,7 @@
+"""`python -m nanochat`, the same as `nanochat`."""
+
+import sys
+
+from nanochat.cli import main
+
+sys.exit(main())
