@@ -1,0 +1,26 @@
+"""Check settings and corpus before anything is queued.
+
+Reads config.yaml and what overlays it, and looks at the text that the corpus settings name. Writes nothing. The workflow
+does the same at each start; by hand: `nanochat check config.yaml profiles/local/settings.yaml`.
+"""
+
+import argparse
+
+from nanochat.config import Config
+from nanochat.config_files import load_files, require_writable
+from nanochat.data.preflight import preflight
+
+
+def check(config: Config) -> None:
+    """Raises UserError when the output folder or the corpus will not do."""
+    require_writable(config.results)
+    preflight(config)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", help="config.yaml and what overlays it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check(load_files(arguments.files))
+    print("settings and corpus: fine")

@@ -1,0 +1,303 @@
+"""From `config.yaml` and what overlays it to a checked `Config`, and back to a commented file.
+
+Bad settings are found here, before a job is queued: each error names the file that holds the key, the key, the value and
+what would be right.
+"""
+
+import difflib
+import os
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from nanochat.config import TRAINED_STAGES, Base, Config, Settings, Stage, stage_settings
+from nanochat.errors import UserError
+from nanochat.files import write_text
+
+COMMAND_LINE = "--config"
+
+
+def load(values: dict[str, Any], files: Iterable[str | Path] = ()) -> Config:
+    """Check the merged settings. `files`, later ones first in rank, only tell where a key was set.
+
+    Raises UserError with one line for each error.
+    """
+    sources = [(str(path), _read_yaml(path)) for path in files]
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(each, sources) for each in error.errors(include_url=False)]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+    problems = [
+        f"{_origin(path, sources)}: {'.'.join(path)} = {value}: {message}"
+        for path, value, message in _conflicts(config)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def load_files(files: Iterable[str | Path]) -> Config:
+    """Merge YAML files, later ones over earlier ones, and check the result."""
+    files = list(files)
+    merged: dict[str, Any] = {}
+    for path in files:
+        _merge(merged, _read_yaml(path))
+    return load(merged, files)
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raise UserError unless files can be made in the folder (or in the nearest parent that exists)."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"config.yaml: results = {folder}: {existing} is a file. Name a folder.")
+    probe = existing / f".writable.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"config.yaml: results = {folder}: cannot write to {existing} ({reason}). Name a writable folder."
+        ) from None
+
+
+def write_stage_settings(config: Config, folder: str | Path) -> None:
+    """Write `<stage>.json` for every stage; a file whose content would not change is left alone, and so is its mtime."""
+    for name, settings in stage_settings(config).items():
+        path = Path(folder) / f"{name}.json"
+        content = settings.model_dump_json(indent=2) + "\n"
+        if not path.exists() or path.read_text() != content:
+            write_text(path, content)
+
+
+def render_yaml(config: Config) -> str:
+    """`config.yaml` with every key explained by its description."""
+    header = (
+        "# Settings of a run; this file is the full-size one for A100s. Every key may be left out, its value here is the default.\n"
+        "# profiles/local/settings.yaml overlays it with a model that a laptop trains in minutes.\n"
+        "# A stage runs again when one of its own keys changes, and then what depends on it. Comments change nothing.\n\n"
+    )
+    return header + "\n".join(_render(config, indent=0)).strip() + "\n"
+
+
+def _render(settings: Settings, indent: int, explained: frozenset[str] = frozenset()) -> list[str]:
+    """Lines of one section. Keys in `explained` were described just before and get no comment again."""
+    lines: list[str] = []
+    margin = "  " * indent
+    shared: frozenset[str] = frozenset()
+    for key, field in type(settings).model_fields.items():
+        value = getattr(settings, key)
+        comment = [] if key in explained else textwrap.wrap(field.description or "", 108 - len(margin))
+        if isinstance(value, Settings):
+            if indent == 0:
+                lines.append("")
+            lines += [f"{margin}# {line}" for line in comment]
+            lines.append(f"{margin}{key}:")
+            lines += _render(value, indent + 1, shared)
+            if isinstance(value, Stage):
+                # mid and sft repeat the keys of base: explained once.
+                shared = shared | frozenset(type(value).model_fields)
+            continue
+        if indent == 0:
+            lines.append("")
+        lines += [f"{margin}# {line}" for line in comment]
+        lines += _render_value(key, value, margin)
+    return lines
+
+
+def _render_value(key: str, value: Any, margin: str) -> list[str]:
+    if (
+        isinstance(value, list)
+        and value
+        and (isinstance(value[0], Settings) or (isinstance(value[0], str) and len(str(value)) > 80))
+    ):
+        items = [item.model_dump(exclude_none=True) if isinstance(item, Settings) else item for item in value]
+        return [f"{margin}{key}:"] + [f"{margin}  - {_flow(item)}" for item in items]
+    return [f"{margin}{key}: {_flow(value)}".rstrip()]
+
+
+def _flow(value: Any) -> str:
+    if value is None:
+        return ""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip()
+
+
+def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
+    """What is wrong between settings that are fine one by one: (path, value, what is wrong and what would be right)."""
+    model = config.model.resolved()
+    if model.width % model.heads:
+        nearest = min(
+            (h for h in range(1, model.width + 1) if model.width % h == 0), key=lambda h: abs(h - model.heads)
+        )
+        yield ("model", "heads"), model.heads, f"does not divide the width {model.width}. Nearest that does: {nearest}."
+    elif model.width // model.heads % 2:
+        yield (
+            ("model", "width"),
+            model.width,
+            f"gives heads of odd width {model.width // model.heads}; rotary embeddings need an even one.",
+        )
+    if model.heads % model.kv_heads:
+        yield ("model", "kv_heads"), model.kv_heads, f"does not divide the {model.heads} heads."
+    if config.corpus.source == "directory" and not config.corpus.paths:
+        yield ("corpus", "paths"), "[]", "source `directory` needs at least one file, folder or glob."
+    if config.batch_size.max_device_batch_size < 1:
+        yield ("batch_size", "max_device_batch_size"), config.batch_size.max_device_batch_size, "must be at least 1."
+    for name in TRAINED_STAGES:
+        yield from _stage_conflicts(("train", name), getattr(config.train, name))
+
+
+def _stage_conflicts(path: tuple[str, ...], stage: Stage) -> Iterable[tuple[tuple[str, ...], Any, str]]:
+    devices = max(1, stage.gpus)
+    unit = stage.sequence_length * devices
+    factors = f"{stage.sequence_length} x {devices} = {unit}"
+    if stage.tokens_per_step % unit:
+        below = stage.tokens_per_step // unit * unit
+        nearest = ", ".join(str(n) for n in (below, below + unit) if n)
+        yield (
+            (*path, "tokens_per_step"),
+            stage.tokens_per_step,
+            f"not a multiple of sequence_length x GPUs = {factors}, so no batch size divides it. Nearest: {nearest}.",
+        )
+    elif stage.device_batch_size and stage.tokens_per_step // unit % stage.device_batch_size:
+        rows = stage.tokens_per_step // unit
+        fitting = [n for n in range(1, rows + 1) if rows % n == 0]
+        below = max((n for n in fitting if n < stage.device_batch_size), default=1)
+        above = min((n for n in fitting if n > stage.device_batch_size), default=rows)
+        yield (
+            (*path, "device_batch_size"),
+            stage.device_batch_size,
+            f"does not divide the {rows} rows that a step has on each device. Nearest: {below}, {above}.",
+        )
+    if stage.warmup_fraction + stage.decay_fraction > 1:
+        total = f"{stage.warmup_fraction} + {stage.decay_fraction}"
+        yield (
+            (*path, "decay_fraction"),
+            stage.decay_fraction,
+            f"warmup_fraction + decay_fraction = {total} is more than 1.",
+        )
+    if isinstance(stage, Base):
+        return
+    for number, source in enumerate(stage.mixture):
+        key = (*path, "mixture", str(number))
+        if source.name == "jsonl" and not source.path:
+            yield (*key, "path"), "(empty)", "source `jsonl` needs the path of a file."
+        elif source.path and not Path(source.path).is_file():
+            yield (*key, "path"), source.path, "no such file."
+
+
+def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
+    """One line for one of pydantic's errors."""
+    path = tuple(str(part) for part in error["loc"])
+    key, value, kind, context = ".".join(path), error["input"], error["type"], error.get("ctx", {})
+    where = f"{_origin(path, sources)}: {key}"
+    if kind == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
+        elsewhere = [".".join(found) for found in _all_keys() if found[-1] == path[-1]]
+        if similar:
+            hint = f"Did you mean {'.'.join((*path[:-1], similar[0]))}?"
+        elif elsewhere:
+            hint = f"Did you mean {elsewhere[0]}?"
+        else:
+            hint = f"Known here: {', '.join(known)}."
+        return f"{where}: no such setting. {hint}"
+    if kind == "missing":
+        return f"{where}: missing. It is required."
+    shown = f"{where} = {_flow(value)}" if not isinstance(value, dict) else where
+    types = {
+        "int_type": "not a whole number.",
+        "float_type": "not a number."
+        + (" YAML reads 1e-3 as text: write 0.001 or 1.0e-3." if isinstance(value, str) else ""),
+        "string_type": "not a text.",
+        "list_type": "not a list.",
+        "bool_type": "not true or false.",
+        "model_type": "not a section of keys.",
+        "model_attributes_type": "not a section of keys.",
+        "greater_than": f"must be more than {context.get('gt')}.",
+        "greater_than_equal": f"must be at least {context.get('ge')}.",
+        "less_than": f"must be less than {context.get('lt')}.",
+        "less_than_equal": f"must be at most {context.get('le')}.",
+        "multiple_of": f"must be a multiple of {context.get('multiple_of')}.",
+        "literal_error": f"must be {context.get('expected')}.",
+        "too_short": f"needs at least {context.get('min_length')} entry.",
+        "string_too_short": "must not be empty.",
+    }
+    return f"{shown}: {types.get(kind, error['msg'])}"
+
+
+def _origin(path: tuple[str, ...], sources: list[tuple[str, Any]]) -> str:
+    """The file, last in rank, that sets the key or the closest thing around it."""
+    for length in range(len(path), 0, -1):
+        for name, content in reversed(sources):
+            if _holds(content, path[:length]):
+                return name
+        if length == len(path) and sources and not any(_holds(content, path[:1]) for _, content in sources):
+            return COMMAND_LINE
+    return sources[0][0] if sources else COMMAND_LINE
+
+
+def _holds(content: Any, path: tuple[str, ...]) -> bool:
+    for part in path:
+        if isinstance(content, dict) and part in content:
+            content = content[part]
+        elif isinstance(content, list) and part.isdigit() and int(part) < len(content):
+            content = content[int(part)]
+        else:
+            return False
+    return True
+
+
+def _section(annotation: Any) -> type[Settings] | None:
+    """The Settings class behind an annotation, through lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, Union):
+        return next((found for found in map(_section, get_args(annotation)) if found), None)
+    return None
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    section: type[BaseModel] | None = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        field: FieldInfo | None = section.model_fields.get(part) if section else None
+        section = _section(field.annotation) if field else None
+    return list(section.model_fields) if section else []
+
+
+def _all_keys(section: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
+    for key, field in section.model_fields.items():
+        yield (*prefix, key)
+        inner = _section(field.annotation)
+        if inner:
+            yield from _all_keys(inner, (*prefix, key))
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path}: must hold `key: value` lines.")
+    return content or {}
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
