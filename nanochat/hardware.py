@@ -1,0 +1,263 @@
+"""What a device is, has and can do: the one owner of peaks, FLOPs, memory sizes and utilisation.
+
+It knows no model class: a model's cost follows from its sizes. torch is imported inside the functions, so that light
+commands (report, workflow) may import this module.
+"""
+
+import contextlib
+import os
+import platform
+import resource
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nanochat.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+# Dense peak in FLOP/s of matrix multiplications without sparsity, from the vendors' data sheets. The first name that
+# is part of the device's name counts, so the longer names come first. (bfloat16 or float16 where there is no bfloat16,
+# float32 with TF32 where there is TF32.)
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2.5e15, 1.25e15),
+    ("B200", 2.25e15, 1.1e15),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100 NVL", 835e12, 418e12),
+    ("H100", 989e12, 494e12),
+    ("H200", 989e12, 494e12),
+    ("GH200", 989e12, 494e12),
+    ("H800", 989e12, 494e12),
+    ("H20", 148e12, 74e12),
+    ("A100", 312e12, 156e12),
+    ("A800", 312e12, 156e12),
+    ("A40", 149.7e12, 74.8e12),
+    ("A30", 165e12, 82e12),
+    ("A10G", 70e12, 35e12),
+    ("A10", 125e12, 62.5e12),
+    ("L40S", 362e12, 183e12),
+    ("L40", 181e12, 90.5e12),
+    ("L4", 121e12, 60e12),
+    ("RTX 6000 Ada", 364e12, 182e12),
+    ("RTX A6000", 154.8e12, 77.4e12),
+    ("RTX 5090", 209.5e12, 104.8e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
+    ("RTX 3090", 71e12, 35.6e12),
+    ("V100", 125e12, 15.7e12),
+    ("T4", 65e12, 8.1e12),
+)
+
+
+def pick_device(gpus: int | None = None) -> "torch.device":
+    """The device of this process: with `gpus` = 0 the CPU, otherwise CUDA device LOCAL_RANK.
+
+    gpus  GPUs of the whole job; None takes a GPU if there is one. Raises UserError when a GPU is asked for and none is there.
+    """
+    import torch
+
+    if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"gpus = {gpus}: no usable CUDA device here. Ask for a GPU node, or set gpus: 0 to train on the CPU."
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"gpus = {gpus}: this process is number {local_rank} on the node, which shows {torch.cuda.device_count()} GPU(s)."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def resolve_dtype(setting: Literal["auto", "bfloat16", "float32"], device: "torch.device") -> "torch.dtype":
+    """The dtype of matrix multiplications. auto: bfloat16 where the hardware multiplies it, otherwise float32."""
+    import torch
+
+    if setting != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def device_name(device: "torch.device") -> str:
+    """`NVIDIA H100 80GB HBM3`, or the CPU's model and cores."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    model = platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model}, {cpu_count()} cores"
+
+
+def cpu_count() -> int:
+    """Cores that this process may use (a job's share, not the node's)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_flops(name: str, dtype: "torch.dtype") -> float | None:
+    """Dense peak of the named device, FLOP/s; None where none is known (every CPU): no MFU is stated then."""
+    for part, half, single in PEAKS:
+        if part.lower() in name.lower():
+            return single if str(dtype) == "torch.float32" else half
+    return None
+
+
+def flops_per_token(matmul_parameters: int, layers: int, width: int, sequence_length: int) -> float:
+    """Forward and backward: 6 N + 12 L w T (Chowdhery et al. 2022, appendix B; attention over the full square)."""
+    return 6.0 * matmul_parameters + 12.0 * layers * width * sequence_length
+
+
+def memory_capacity_bytes(device: "torch.device") -> int:
+    """What this process can use: the GPU's memory; on a CPU the least of what is available, the cgroup's and SLURM's limit."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    """Memory that is available on this host to this job."""
+    limits = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    for folder in _cgroup_folders():
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is None:  # version 1 of cgroups
+            limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+        if limit is not None and limit < 2**60:
+            limits.append(max(limit - (used or 0), 0))
+    if mebibytes := os.environ.get("SLURM_MEM_PER_NODE"):
+        limits.append(int(mebibytes) * 2**20)
+    elif mebibytes := os.environ.get("SLURM_MEM_PER_CPU"):
+        limits.append(int(mebibytes) * 2**20 * int(os.environ.get("SLURM_CPUS_ON_NODE", "1")))
+    return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
+    """Most memory since `reset_peak_memory`: of CUDA's allocator (reserved), or resident in this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: "torch.device") -> None:
+    """Start the peak anew (on a CPU where the kernel lets us)."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait for the device's queued work; nothing on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+class GpuUtilization:
+    """Mean utilisation of a GPU while the block runs, sampled through NVML by a thread.
+
+    with GpuUtilization(device) as utilization: ...
+    utilization.mean  0 to 1; None on a CPU or where NVML does not answer
+    """
+
+    def __init__(self, device: "torch.device", every_seconds: float = 1.0):
+        self.device, self.every_seconds = device, every_seconds
+        self.samples, self.total = 0, 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.samples if self.samples else None
+
+    def __enter__(self) -> "GpuUtilization":
+        if self.device.type == "cuda":
+            self._thread = threading.Thread(target=self._sample, name="gpu-utilization", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _sample(self) -> None:
+        try:
+            import pynvml
+            import torch
+
+            pynvml.nvmlInit()
+            # CUDA's index counts the visible GPUs only, NVML's counts all: the UUID is the same in both.
+            uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            while not self._stop.wait(self.every_seconds):
+                self.total += pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                self.samples += 1
+        except Exception:
+            # A measurement must not end a run; without samples `mean` is None.
+            return
+
+
+def process_started_unix() -> float:
+    """When this process began (unix seconds): start-up time includes the imports. Now, where /proc does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def _cpu_flags() -> set[str]:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _cgroup_folders() -> list[Path]:
+    """Folders of this process' memory cgroup and its parents; version 2 and 1."""
+    folders = []
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup") if controllers == "" else Path("/sys/fs/cgroup/memory")
+            folder = root / path.lstrip("/")
+            folders += [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    return folders
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""The model, its attention and cache, its loss, its optimizer, its files."""

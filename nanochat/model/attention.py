@@ -1,0 +1,130 @@
+"""Causal self-attention with rotary embeddings, normed queries and keys, grouped queries, and the cache for decoding.
+
+With a cache a step is a pure function of tensors: shapes are static, nothing waits for the device, so that a whole decode
+step can be captured in a CUDA graph.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nanochat.model.gpt import GPTConfig
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a learnt gain (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Without bias. The weight stays float32 for the optimizer and is cast to the input's dtype for the product."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `GPT.init_weights` does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_table(length: int, head_dim: int, base: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, head_dim / 2) float32 of the angles position x base^(-2i / head_dim) (Su et al. 2021)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) by the angles of their position.
+
+    x         (B, T, H, D)
+    cos, sin  (1 or B, T, 1, D/2), of x's dtype
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one tensor per layer and side.
+
+    keys[l], values[l]  (rows, length, kv_heads, head_dim)
+
+    One tensor each, because a compiled step that writes into a view of one big tensor copies all of it at every layer.
+    What stands behind a row's position is never read, so a row is reused without clearing.
+    """
+
+    def __init__(self, config: "GPTConfig", rows: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (rows, length, config.kv_heads, config.width // config.heads)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+
+    @property
+    def rows(self) -> int:
+        return self.keys[0].size(0)
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].size(1)
+
+    def sliced(self, first_row: int = 0, rows: int | None = None, length: int | None = None) -> "KVCache":
+        """A cache over some rows and the first `length` positions; it shares the memory, so what it stores is stored here."""
+        rows, length = self.rows - first_row if rows is None else rows, self.length if length is None else length
+        view = KVCache.__new__(KVCache)
+        view.keys = [side[first_row : first_row + rows, :length] for side in self.keys]
+        view.values = [side[first_row : first_row + rows, :length] for side in self.values]
+        return view
+
+    def store(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values (B, T, kv_heads, head_dim) at `positions` (B, T) in place; returns the layer's whole tensors."""
+        row = torch.arange(positions.size(0), device=positions.device)[:, None]
+        self.keys[layer].index_put_((row, positions), keys)
+        self.values[layer].index_put_((row, positions), values)
+        return self.keys[layer], self.values[layer]
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(B, 1, T, length) bool: a query at position p attends to the keys 0..p of its row."""
+        return (torch.arange(self.length, device=positions.device) <= positions[..., None])[:, None]
+
+
+class Attention(nn.Module):
+    """Queries, keys and values in one projection: at small widths the number of kernels is the limit, not their bytes."""
+
+    def __init__(self, config: "GPTConfig", layer: int):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
+        self.head_dim = config.width // config.heads
+        self.qkv = Linear(config.width, (config.heads + 2 * config.kv_heads) * self.head_dim)
+        self.out = Linear(config.width, config.width)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). Without a cache: causal over the T tokens. With: `positions` (B, T), `mask` (B, 1, T, length)."""
+        rows, tokens, width = x.shape
+        qkv = self.qkv(x).view(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        # Queries and keys are normed and turned alike, so they go through it as one tensor.
+        turned = norm(rotate(qkv[:, :, : self.heads + self.kv_heads], cos, sin))
+        queries, keys = turned.split((self.heads, self.kv_heads), dim=2)
+        values = qkv[:, :, self.heads + self.kv_heads :]
+        if cache is not None:
+            keys, values = cache.store(self.layer, positions, keys, values)
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=cache is None,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(attended.transpose(1, 2).reshape(rows, tokens, width))
