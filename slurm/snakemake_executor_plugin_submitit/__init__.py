@@ -1,0 +1,162 @@
+"""Snakemake executor plugin on top of submitit: where a job runs, and what becomes of it.
+
+`Executor` submits each job through submitit, to this machine or to SLURM, looks at all of them together, writes the ledger,
+and decides what follows a failure. It is imported at every start of Snakemake and of every job, so imports stay light here,
+and `from __future__ import annotations` stays out: it would turn the types of `ExecutorSettings` into strings.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from snakemake_interface_common.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
+
+
+@dataclass
+class ExecutorSettings(ExecutorSettingsBase):
+    cluster: str = field(
+        default="local",
+        metadata={
+            "help": "Where jobs run: `local` is this machine, `slurm` the cluster that sbatch submits to. Never guessed.",
+            "choices": ["local", "slurm"],
+        },
+    )
+    folder: Path = field(
+        default=Path("results/jobs"),
+        metadata={"help": "Folder for the jobs' own files; on a cluster it must be shared by all nodes."},
+    )
+    ledger: Path | None = field(
+        default=None,
+        metadata={"help": "File that records every attempt of every job. Default: ledger.jsonl in the folder."},
+    )
+    poll_seconds: float | None = field(
+        default=None,
+        metadata={"help": "Seconds between looks at the jobs. Default: 0.25 locally, 10 on a cluster."},
+    )
+    progress: str = field(
+        default="on",
+        metadata={"help": "Relay the newest line of each running job's log.", "choices": ["on", "off"]},
+    )
+    grace_seconds: float = field(
+        default=10.0,
+        metadata={"help": "Local jobs: seconds between the request to stop and the kill, for a trainer to save."},
+    )
+    gpus: str | None = field(
+        default=None,
+        metadata={"help": "Local jobs: GPUs to share out, e.g. `0,1`. Default: CUDA_VISIBLE_DEVICES, else all."},
+    )
+    doctor: str = field(
+        default="on",
+        metadata={"help": "Check partition, account and limits before the first submission.", "choices": ["on", "off"]},
+    )
+
+
+common_settings = CommonSettings(
+    non_local_exec=True,
+    implies_no_shared_fs=False,
+    job_deploy_sources=False,
+    pass_default_storage_provider_args=True,
+    pass_default_resources_args=True,
+    # Values on a command line end up in logs and in SLURM's database: they travel in the job's private folder.
+    pass_envvar_declarations_to_cmd=False,
+    auto_deploy_default_storage_provider=False,
+    init_seconds_before_status_checks=0,
+)
+
+
+class Executor(RemoteExecutor):
+    def __init__(self, workflow, logger):
+        # The base class starts the polling thread before __post_init__: what that thread touches exists from here on.
+        self.ready = False
+        self.driver = None
+        super().__init__(workflow, logger)
+
+    def __post_init__(self):
+        from .driver import Driver
+
+        settings = self.workflow.executor_settings or ExecutorSettings()
+        try:
+            self.driver = Driver(settings, self.logger, dict(self.envvars()))
+            self.driver.check(list(self.workflow.dag.needrun_jobs()))
+        except ValueError as error:
+            self.wait = False  # ends the polling thread; nothing was submitted
+            raise WorkflowError(str(error)) from error
+        self.next_seconds_between_status_checks = self.driver.poll_seconds
+        self.ready = True
+
+    def run_job(self, job):
+        try:
+            submission = self.driver.submit(job, lambda: self.format_job_exec(job))
+        except ValueError as error:
+            self.logger.error(str(error))
+            job.attempt = max(job.attempt, job.restart_times + 1)  # asking again would be refused again
+            self.report_job_submission(info := SubmittedJobInfo(job), register_job=False)
+            with self.lock:
+                self.active_jobs.remove(info)
+            self.report_job_error(info, msg=str(error))
+            return
+        self.report_job_submission(SubmittedJobInfo(job, submission.job_id, {"submission": submission}))
+
+    async def check_active_jobs(self, active_jobs):
+        if not self.ready:
+            return
+        by_id = {info.aux["submission"].job_id: info for info in active_jobs}
+        try:
+            outcomes = self.driver.look([info.aux["submission"] for info in active_jobs])
+        except Exception as error:  # an exception here would end the polling thread, and with it the run
+            self.logger.warning(f"Looking at the jobs failed, trying again: {type(error).__name__}: {error}")
+            outcomes = {}
+        for job_id, info in by_id.items():
+            outcome = outcomes.get(job_id)
+            if outcome is None:
+                yield info
+            elif outcome.success:
+                self.driver.progress.clear()
+                self.report_job_success(info)
+            else:
+                self.driver.progress.clear()
+                self.logger.error(outcome.message)
+                if outcome.final:
+                    info.job.attempt = max(info.job.attempt, info.job.restart_times + 1)
+                self.report_job_error(info, msg=outcome.message.splitlines()[0] + ". ")
+
+    async def sleep(self):
+        """Between two looks: show progress, and look at once when a job says that it ended or the run is over."""
+        end = time.monotonic() + self.next_seconds_between_status_checks
+        while self.wait and self.ready:
+            left = end - time.monotonic()
+            if left <= 0 or self.driver.wants_a_look():
+                break
+            self.driver.show_progress()
+            await asyncio.sleep(min(left, 0.25))
+        else:
+            await asyncio.sleep(0.05)
+
+    def cancel_jobs(self, active_jobs):
+        self.ready = False
+        self.driver.cancel()
+
+    def shutdown(self):
+        super().shutdown()
+        if self.driver:
+            self.driver.close()
+
+    def get_python_executable(self):
+        return sys.executable
+
+    def additional_general_args(self):
+        return "--quiet host"
+
+    def get_job_exec_prefix(self, job):
+        return (
+            f"cd {os.path.abspath(self.workflow.workdir_init)!r}"
+            if not self.workflow.storage_settings.assume_common_workdir
+            else ""
+        )

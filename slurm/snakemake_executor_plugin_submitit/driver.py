@@ -1,0 +1,298 @@
+"""The driver's side of all jobs: submit or adopt, look, decide, account.
+
+Nothing here knows Snakemake's scheduler: `Executor` hands in jobs and gets outcomes back.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import exits, ledger, resources, work
+from .failures import decide
+from .job import Allocation, newest_step
+from .progress import Progress
+from .status import Observation
+from .work import Submission
+
+LOG_LINES = 15
+
+
+@dataclass
+class Outcome:
+    """How a job ended, for Snakemake. `final`: a retry would end the same way."""
+
+    success: bool
+    message: str = ""
+    final: bool = False
+
+
+class Driver:
+    def __init__(self, settings, logger, environment: dict[str, str]):
+        self.settings = settings
+        self.logger = logger
+        self.environment = environment
+        self.folder = Path(settings.folder).absolute()
+        self.ledger = Path(settings.ledger).absolute() if settings.ledger else self.folder / "ledger.jsonl"
+        self.workdir = os.getcwd()
+        self.cluster = self._cluster()
+        self.poll_seconds = settings.poll_seconds or (0.25 if self.cluster.name == "local" else 10.0)
+        self.progress = Progress(settings.progress == "on")
+        self.progress.install(logger)
+        self.running: dict[str, Submission] = {}
+        self.found: list[tuple[Submission, Observation]] = []  # left behind by a driver that died
+        self._lock = threading.RLock()
+        self._recover()
+
+    def _cluster(self):
+        if self.settings.cluster == "local":
+            from .local import LocalCluster
+
+            return LocalCluster(self.settings.gpus, self.settings.grace_seconds)
+        if self.settings.cluster == "slurm":
+            from .slurm import SlurmCluster
+
+            return SlurmCluster(self.logger)
+        raise ValueError(f"--submitit-cluster {self.settings.cluster}: must be local or slurm")
+
+    def check(self, jobs: list) -> None:
+        """Raises ValueError naming every job that can never run as it is asked for. Nothing is submitted then."""
+        problems = {}
+        for job in jobs:
+            if job.is_group() or job.is_local:
+                continue
+            try:
+                self.cluster.check(work.rule_of(job), self._request(job))
+            except ValueError as error:
+                problems[str(error)] = None
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _request(self, job) -> resources.Request:
+        declared = {} if job.is_group() else {key: job.rule.resources.get(key) for key in ("gpu", "nodes")}
+        return resources.read(work.rule_of(job), dict(job.resources), job.threads, declared)
+
+    def submit(self, job, command: Callable[[], str]) -> Submission:
+        """Adopt the job if it runs already, else submit it. Raises ValueError when it is refused."""
+        rule, wildcards, key = work.rule_of(job), work.wildcards_of(job), work.fingerprint(job)
+        adopted = self._adopt(job, rule, wildcards, key)
+        if adopted:
+            return adopted
+        request = self._request(job)
+        self.cluster.check(rule, request)
+        name = work.name_of(rule, wildcards)
+        record = ledger.new_record(
+            rule=rule,
+            wildcards=wildcards,
+            attempt=job.attempt,
+            cluster=self.cluster.name,
+            log=str(job.log[0]) if job.log else None,
+            key=key,
+        )
+        submission = Submission(record, request, Path(), self.folder / "tokens" / name)
+        with self._lock:
+            self._submit(submission, name, command())
+        return submission
+
+    def _submit(self, submission: Submission, name: str, command: str, reason: dict[str, str] | None = None) -> None:
+        """Hand a submission to the cluster under a new job id, and write that down."""
+        request = submission.request
+        submission.folder = work.new_folder(self.folder, name)
+        allocation = Allocation(
+            command=command,
+            folder=str(submission.folder),
+            workdir=self.workdir,
+            token_file=str(submission.token_file),
+            log=str(Path(submission.log).absolute()) if submission.log else None,
+            gpus=request.gpus_per_node,
+            cluster=self.cluster.name,
+            environment={**self.environment, **(reason or {})},
+        )
+        submission.record |= {
+            "event": "submitted",
+            "restart": 0,
+            "partition": request.partition,
+            "nodes": request.nodes,
+            "node_names": None,
+            "cpus": request.cpus * request.nodes,
+            "gpus": request.gpus,
+            "gpu_type": request.gpu_model,
+            "submitted": time.time(),
+            "eligible": None,
+            "started": None,
+            "ended": None,
+            "state": "PENDING",
+            "reason": None,
+            "exit_code": None,
+            "folder": os.path.relpath(submission.folder, self.workdir),
+            "pid": None,
+        }
+        submission.command = command
+        self.cluster.submit(allocation, submission)
+        submission.record["eligible"] = submission.record["submitted"]
+        self.running[submission.job_id] = submission
+        ledger.append(self.ledger, submission.record)
+
+    def look(self, submissions: list[Submission]) -> dict[str, Outcome]:
+        """One look at all jobs; the outcome of those that ended, by the job id they had when this was called."""
+        with self._lock:
+            outcomes = {}
+            seen = self.cluster.observe(submissions) if submissions else {}
+            for submission in submissions:
+                job_id = submission.job_id
+                if job_id in seen:
+                    outcome = self._advance(submission, seen[job_id])
+                    if outcome:
+                        outcomes[job_id] = outcome
+            return outcomes
+
+    def _advance(self, submission: Submission, seen: Observation) -> Outcome | None:
+        """Bring one submission's record up to date; its outcome when it ended for good."""
+        self._note(submission, seen)
+        if seen.state not in ledger.FINAL:
+            return None
+        status = exits.read_status(submission.folder, submission.restart) or {}
+        self._finish(submission, seen, status)
+        self.running.pop(submission.job_id, None)
+        if seen.state == "COMPLETED":
+            return Outcome(True)
+        step = status.get("step") or newest_step(submission.log)
+        further = step is not None and (submission.step is None or step > submission.step)
+        decision = decide(
+            seen.state, status.get("kind"), status.get("exit_code"), further, submission.resubmitted, seen.reason
+        )
+        if decision.action != "resubmit" or not submission.command:
+            return Outcome(False, self._message(submission, decision), decision.action == "give_up")
+        submission.step = step if step is not None else submission.step
+        self._resubmit(submission, decision)
+        return None
+
+    def _resubmit(self, submission: Submission, decision) -> None:
+        count = submission.resubmitted[decision.kind] = submission.resubmitted.get(decision.kind, 0) + 1
+        old = submission.job_id
+        if decision.avoid_nodes:
+            submission.request = submission.request.without_nodes(submission.record.get("node_names") or [])
+        if decision.memory_factor != 1:
+            submission.request = submission.request.with_memory(decision.memory_factor)
+        # The stage may act on why it runs again: after a CUDA out-of-memory it plans with a larger margin.
+        reason = {"ATTEMPT_REASON": decision.kind, "ATTEMPT_REASON_COUNT": str(count)}
+        name = work.name_of(submission.rule, submission.record["wildcards"])
+        self._submit(submission, name, submission.command, reason)
+        self._say(f"{name}: {decision.why}: job {old} goes on as job {submission.job_id}")
+
+    def _note(self, submission: Submission, seen: Observation) -> None:
+        """Take over what was seen; a job that started gets its line in the ledger."""
+        record = submission.record
+        status = exits.read_status(submission.folder, submission.restart) or {}
+        started = seen.started or status.get("started")
+        record["node_names"] = seen.nodes or record["node_names"]
+        record["eligible"] = seen.eligible or record["eligible"]
+        record["reason"] = seen.reason
+        if status.get("gpu_type"):
+            record["gpu_type"] = status["gpu_type"]
+        if seen.state == "RUNNING" and started and record["state"] != "RUNNING":
+            record |= {"event": "started", "state": "RUNNING", "started": started, "reason": None}
+            ledger.append(self.ledger, record)
+
+    def _finish(self, submission: Submission, seen: Observation, status: dict) -> None:
+        submission.record |= {
+            "event": "ended",
+            "state": seen.state,
+            "reason": seen.reason or exits.MEANING.get(status.get("kind")),
+            "started": seen.started or status.get("started") or submission.record["started"],
+            "ended": seen.ended or status.get("ended") or time.time(),
+            "exit_code": status.get("exit_code"),
+        }
+        ledger.append(self.ledger, submission.record)
+
+    def _message(self, submission: Submission, decision) -> str:
+        """What failed, where its log is, and how the log ends."""
+        record = submission.record
+        code = "" if record["exit_code"] is None else f" (exit code {record['exit_code']})"
+        name = work.name_of(submission.rule, record["wildcards"])
+        printed = next(iter(sorted(submission.folder.glob("*_log.*"), key=lambda path: -path.stat().st_size)), None)
+        log = submission.log if work.last_lines(submission.log, 1) else printed
+        lines = [f"{name} failed{code}: {decision.why}", f"  job {submission.job_id}, log {log}"]
+        if record["node_names"]:
+            lines[1] += f", on {', '.join(record['node_names'])}"
+        return "\n".join([*lines, *(f"  | {line}" for line in work.last_lines(log, LOG_LINES))])
+
+    def cancel(self) -> None:
+        """End all jobs of this driver, and write down how they ended."""
+        with self._lock:
+            submissions = list(self.running.values())
+            self._say(f"Cancelling {len(submissions)} jobs") if submissions else None
+            self.cluster.cancel(submissions)
+            for submission in submissions:
+                status = exits.read_status(submission.folder, submission.restart) or {}
+                seen = Observation("CANCELLED", "cancelled with its driver", status.get("started"), status.get("ended"))
+                self._finish(submission, seen, status)
+            self.running.clear()
+
+    def close(self) -> None:
+        self.progress.clear()
+
+    def wants_a_look(self) -> bool:
+        return False
+
+    def show_progress(self) -> None:
+        with self._lock:
+            submissions = list(self.running.values())
+        jobs = []
+        for submission in submissions:
+            waiting = submission.record["state"] == "PENDING"
+            says = f"waiting: {submission.record['reason']}" if waiting and submission.record["reason"] else None
+            jobs.append((work.name_of(submission.rule, submission.record["wildcards"]), submission.log, says))
+        self.progress.show(jobs)
+
+    def _say(self, text: str) -> None:
+        self.progress.clear()
+        self.logger.info(text)
+
+    def _recover(self) -> None:
+        """Look at what a driver that died left behind: account for what ended, remember what can be adopted."""
+        open_records = [record for record in ledger.read_attempts(self.ledger) if ledger.is_open(record)]
+        submissions = [
+            Submission(record, resources.Request(), Path(self.workdir, record["folder"]), Path())
+            for record in open_records
+            if record["cluster"] == self.cluster.name and record["folder"] and record["job_id"]
+        ]
+        seen = self.cluster.observe(submissions) if submissions else {}
+        for submission in submissions:
+            observation = seen.get(submission.job_id, Observation())
+            self._note(submission, observation)
+            if observation.state in ledger.FINAL:
+                status = exits.read_status(submission.folder, submission.restart) or {}
+                self._finish(submission, observation, status)
+            self.found.append((submission, observation))
+
+    def _adopt(self, job, rule: str, wildcards: dict, key: str) -> Submission | None:
+        """A running or finished job of a dead driver that is exactly this one; others of the same work are cancelled."""
+        adopted = None
+        for submission, seen in list(self.found):
+            record = submission.record
+            if (record["rule"], record["wildcards"]) != (rule, wildcards):
+                continue
+            self.found.remove((submission, seen))
+            ended = seen.state in ledger.FINAL
+            same = record["key"] == key and not work.inputs_newer_than(job, record["submitted"])
+            if same and not adopted and (not ended or _complete(seen, job)):
+                adopted = submission
+            elif not ended:
+                self._say(f"{rule}: job {record['job_id']} of an earlier run is out of date and is cancelled")
+                self.cluster.cancel([submission])
+                self._finish(submission, Observation("CANCELLED", "out of date"), {})
+        if adopted:
+            record = adopted.record
+            adopted.token_file = self.folder / "tokens" / work.name_of(rule, wildcards)
+            adopted.request = self._request(job)
+            record["attempt"] = job.attempt if record["state"] in ledger.FINAL else record["attempt"]
+            self.running[adopted.job_id] = adopted
+            self._say(f"{rule}: goes on with job {adopted.job_id}, submitted by an earlier run")
+        return adopted
+
+
+def _complete(seen: Observation, job) -> bool:
+    return seen.state == "COMPLETED" and all(os.path.exists(path) for path in job.output)

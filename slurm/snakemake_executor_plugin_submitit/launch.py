@@ -1,0 +1,131 @@
+"""One command -> all ranks: `nanochat-launch [--gpus N] CMD...`, in front of a rule's command.
+
+Which ranks there are is read from the allocation, so the same rule runs under any executor, or by hand:
+- at most one GPU on one node: CMD replaces this process;
+- several GPUs on a node: torchrun starts CMD once per GPU;
+- several nodes: srun starts one torchrun per node, and they find each other at the first node.
+On CPUs there is one rank per node unless --ranks-per-node says otherwise.
+
+The exit code is that of the rank that failed first. torchrun itself would answer SIGTERM by ending its ranks at once, and
+whatever happened exit 1; here a rank decides about both signals by itself, since it may have a checkpoint to save.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+
+from . import exits, gpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        _parser().error("CMD is missing: nanochat-launch nanochat base ...")
+    nodes = arguments.nodes or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    inside_node = os.environ.get("LAUNCH_NODE") == "1"
+    if nodes > 1 and not inside_node:
+        return _all_nodes(nodes, arguments, command)
+    ranks = arguments.ranks_per_node or _gpus_here(arguments.gpus, nodes)
+    if ranks <= 1 and nodes == 1:
+        os.execvp(command[0], command)
+    return _torchrun(ranks, nodes, command)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanochat-launch", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gpus", type=int, help="GPUs of the whole job; refused where the allocation shows fewer.")
+    parser.add_argument("--nodes", type=int, help="Nodes of the job. Default: those of the SLURM allocation, else 1.")
+    parser.add_argument(
+        "--ranks-per-node", type=int, help="Processes on each node. Default: one per GPU, at least one."
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD...", help="What each rank runs.")
+    return parser
+
+
+def _gpus_here(asked: int | None, nodes: int) -> int:
+    """Ranks of this node. Ends the program when it shows fewer GPUs than `asked` over all nodes."""
+    here = len(gpus.visible())
+    if asked is None:
+        # Without an allocation that hands out GPUs, taking all of a shared machine's would be rude: one rank.
+        return here if os.environ.get("SLURM_JOB_ID") and _allocated_gpus() else 1
+    each = -(-asked // nodes)
+    if here < each:
+        print(
+            f"nanochat-launch: --gpus {asked}: this node shows {here} GPUs, {each} are needed. "
+            "Does the profile's global `resources: gpu` clip the rule's?",
+            file=sys.stderr,
+        )
+        raise SystemExit(exits.WRONG_GPUS)
+    return max(each, 1)
+
+
+def _allocated_gpus() -> bool:
+    return any(os.environ.get(name) for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"))
+
+
+def _torchrun(ranks: int, nodes: int, command: list[str]) -> int:
+    """Run `ranks` processes of `command` here, as one of `nodes`; returns the exit code of the first one that failed."""
+    # Both go to every process of a job. Ignored here and, unless a rank handles them, in the ranks.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if nodes == 1:
+        where = ["--standalone"]
+    else:
+        where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['LAUNCH_ENDPOINT']}"]
+        where += [f"--rdzv-id={os.environ['LAUNCH_ID']}"]
+        if _is_first_node():
+            where += ["--rdzv-conf=is_host=true"]
+    options = [*where, f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--max-restarts=0", "--no-python"]
+    options += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
+    try:
+        run.run(run.parse_args([*options, *command]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code
+    return 0
+
+
+def _is_first_node() -> bool:
+    return os.environ.get("SLURM_NODEID", "0") == "0"
+
+
+def _all_nodes(nodes: int, arguments: argparse.Namespace, command: list[str]) -> int:
+    """One launcher per node, in a step that shares the allocation with the step that we are in."""
+    first = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
+    address = _address(first)
+    restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(restart)) % 10000
+    os.environ |= {"LAUNCH_NODE": "1", "LAUNCH_ENDPOINT": f"{address}:{port}"}
+    os.environ |= {"LAUNCH_ID": f"{os.environ['SLURM_JOB_ID']}-{restart}"}
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
+    if os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not inherit it
+        step += [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"]
+    inner = [sys.executable, "-m", "snakemake_executor_plugin_submitit.launch", f"--nodes={nodes}"]
+    for name in ("gpus", "ranks_per_node"):
+        if getattr(arguments, name):
+            inner.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
+    # srun would end its tasks at SIGTERM; SLURM signals the ranks' own step as well.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return subprocess.run([*step, *inner, "--", *command]).returncode
+
+
+def _address(node: str) -> str:
+    """The network address of a node, which need not be its name."""
+    shown = subprocess.run(["scontrol", "show", "node", "--oneliner", node], capture_output=True, text=True).stdout
+    fields = dict(item.split("=", 1) for item in shown.split() if "=" in item)
+    return fields.get("NodeAddr", node)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Snakemake's resources -> a `Request` -> submitit's parameters. What contradicts itself is refused before submission.
+
+The words are those of Snakemake's stock slurm executor, where it has one:
+
+    runtime            minutes
+    mem_mb             MB on each node
+    threads            CPUs of the job's one task on each node (Snakemake's own keyword)
+    gpu, gpu_model     GPUs of the whole job, and which
+    nodes              a multiple-node job starts once; `nanochat-launch` spreads it
+    slurm_partition, slurm_account, qos, constraint
+    gres               instead of gpu, for sites that name their GPUs oddly: "gpu:a100:4"
+    slurm_extra        further sbatch flags, e.g. "--exclude=node7 --mail-type=END"
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, field, replace
+
+SIGNAL_SECONDS = 120  # before the walltime; SLURM may signal up to 60 s early, and a save must fit
+
+# Names only: SLURM keeps whole environments in its database, so a job gets what it needs to run and nothing else.
+ENVIRONMENT = ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TERM", "TMPDIR", "PYTHONPATH", "PYTHONNOUSERSITE", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "MODULEPATH", "MODULESHOME", "LMOD_CMD", "LMOD_DIR", "BASH_ENV", "CONDA_PREFIX", "CONDA_EXE", "CONDA_DEFAULT_ENV", "SLURM_CONF", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_HOME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SOURCE_DATE_EPOCH"]
+
+OWNED = {
+    "--account": "slurm_account",
+    "--constraint": "constraint",
+    "--cpus-per-task": "threads",
+    "--gpus": "gpu",
+    "--gpus-per-node": "gpu",
+    "--gpus-per-task": "gpu",
+    "--gres": "gres",
+    "--mem": "mem_mb",
+    "--mem-per-cpu": "mem_mb",
+    "--nodes": "nodes",
+    "--partition": "slurm_partition",
+    "--qos": "qos",
+    "--time": "runtime",
+    **dict.fromkeys(
+        ["--array", "--chdir", "--comment", "--error", "--export", "--job-name", "--no-requeue", "--ntasks", "--ntasks-per-node", "--open-mode", "--output", "--parsable", "--requeue", "--signal", "--wait", "--wrap"]
+    ),
+}
+SHORT = {
+    "-A": "--account",
+    "-C": "--constraint",
+    "-c": "--cpus-per-task",
+    "-G": "--gpus",
+    "-N": "--nodes",
+    "-n": "--ntasks",
+    "-p": "--partition",
+    "-q": "--qos",
+    "-t": "--time",
+    "-J": "--job-name",
+    "-o": "--output",
+    "-e": "--error",
+    "-D": "--chdir",
+    "-a": "--array",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one job asks for. `gpus` counts the whole job, `memory_mb` each node; `runtime_minutes` None is the site's default."""
+
+    cpus: int = 1
+    memory_mb: int | None = None
+    runtime_minutes: int | None = None
+    gpus: int = 0
+    gpu_model: str | None = None
+    nodes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    exclude: tuple[str, ...] = ()
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.gpus // self.nodes
+
+    def without_nodes(self, nodes: list[str]) -> "Request":
+        """The same, away from `nodes` (those that failed)."""
+        return replace(self, exclude=tuple(dict.fromkeys([*self.exclude, *nodes])))
+
+    def with_memory(self, factor: float) -> "Request":
+        return replace(self, memory_mb=int((self.memory_mb or 2000) * factor))
+
+
+def read(rule: str, resources: dict, threads: int, declared: dict | None = None) -> Request:
+    """The request of a job. Raises ValueError naming rule, key, value and what would be right.
+
+    `declared` is what the rule itself says, before a profile's limits: a global `resources: gpu=2` clips a rule's 8 without a
+    word, and that is refused too.
+    """
+
+    def number(key: str, least: int, default: int | None) -> int | None:
+        value = resources.get(key, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not str(value).lstrip("-").isdigit() or int(value) < least:
+            raise ValueError(f"rule {rule}: resources.{key} = {value!r}: must be a whole number, at least {least}")
+        return int(value)
+
+    def word(key: str) -> str | None:
+        value = resources.get(key)
+        return str(value) if value not in (None, "") else None
+
+    for key in ("gpu", "nodes"):
+        asked = (declared or {}).get(key)
+        if isinstance(asked, int) and key in resources and asked != resources[key]:
+            raise ValueError(
+                f"rule {rule}: resources.{key} = {asked} was clipped to {resources[key]} by the profile's global "
+                f"`resources: {key}`. Remove that limit, or ask for {resources[key]} with `set-resources`"
+            )
+    nodes, gpus, gres, model = number("nodes", 1, 1), number("gpu", 0, 0), word("gres"), word("gpu_model")
+    if gres and (gpus or model):
+        raise ValueError(
+            f"rule {rule}: resources.gres = {gres!r} and resources.gpu/gpu_model both ask for GPUs: keep one"
+        )
+    if model and not gpus:
+        raise ValueError(f"rule {rule}: resources.gpu_model = {model!r} without resources.gpu: say how many")
+    if gres:
+        gpus = gres_gpus(gres) * nodes
+    if gpus % nodes:
+        raise ValueError(
+            f"rule {rule}: resources.gpu = {gpus} does not divide by resources.nodes = {nodes}: "
+            f"{gpus // nodes * nodes or nodes} or {(gpus // nodes + 1) * nodes} would"
+        )
+    return Request(
+        cpus=max(1, threads),
+        memory_mb=number("mem_mb", 1, None),
+        runtime_minutes=number("runtime", 1, None),
+        gpus=gpus,
+        gpu_model=model,
+        nodes=nodes,
+        partition=word("slurm_partition"),
+        account=word("slurm_account"),
+        qos=word("qos"),
+        constraint=word("constraint"),
+        gres=gres,
+        extra=extra_flags(rule, word("slurm_extra") or ""),
+    )
+
+
+def gres_gpus(gres: str) -> int:
+    """GPUs per node of a gres string: "gpu:a100:4,lustre:1" -> 4."""
+    total = 0
+    for item in gres.split(","):
+        name, *rest = item.split(":")
+        if name in ("gpu", "gres/gpu"):
+            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return total
+
+
+def extra_flags(rule: str, text: str) -> dict[str, str | bool]:
+    """`slurm_extra` as {flag: value}. Raises ValueError on a flag that the plugin sets itself."""
+    flags: dict[str, str | bool] = {}
+    words = shlex.split(text)
+    while words:
+        flag, has_value, value = words.pop(0).partition("=")
+        if not flag.startswith("-"):
+            raise ValueError(
+                f"rule {rule}: resources.slurm_extra = {text!r}: {flag!r} is not a flag; write --flag=value"
+            )
+        short = flag[:2] if not flag.startswith("--") else ""
+        long = SHORT.get(short, flag)
+        if long in OWNED:
+            instead = f"use resources.{OWNED[long]}" if OWNED[long] else "the plugin sets it itself"
+            raise ValueError(f"rule {rule}: resources.slurm_extra = {text!r}: {flag} is not allowed: {instead}")
+        if not has_value and words and not words[0].startswith("-"):
+            value, has_value = words.pop(0), "="
+        flags[re.sub("^-+", "", flag)] = value if has_value else True
+    return flags
+
+
+def slurm_parameters(request: Request, name: str, environment: list[str]) -> dict:
+    """Parameters for submitit's SlurmExecutor; `environment`: names of the variables that the job gets to see."""
+    task = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={request.cpus}"]  # one launcher, also on several nodes
+    extra: dict = {"requeue": True, "export": ",".join(environment), **request.extra}
+    if request.gpus and not request.gres:
+        count = request.gpus_per_node
+        extra["gpus-per-node"] = f"{request.gpu_model}:{count}" if request.gpu_model else str(count)
+    if request.memory_mb:
+        extra["mem"] = f"{request.memory_mb}M"
+    known = {
+        "job_name": name,
+        "partition": request.partition,
+        "account": request.account,
+        "qos": request.qos,
+        "constraint": request.constraint,
+        "gres": request.gres,
+        "exclude": ",".join(request.exclude) or None,
+        "nodes": request.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": request.cpus,
+        "time": request.runtime_minutes,
+        "signal_delay_s": SIGNAL_SECONDS,
+        "wckey": None,
+        # What the job's own srun calls see must not be what sbatch was told.
+        "setup": ["export SLURM_EXPORT_ENV=ALL"],
+        "srun_args": task,
+        "additional_parameters": extra,
+    }
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,107 @@
+"""What the driver knows of one submitted job, and where its files are.
+
+results/jobs/ledger.jsonl           every attempt, see ledger.py
+results/jobs/<rule>-<time>/         one submission: submitit's files, status-<restart>.json, what the inner Snakemake printed
+results/jobs/tokens/<work>          the newest attempt's token of each work (a rule with its wildcards)
+"""
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .resources import Request
+
+
+@dataclass
+class Submission:
+    """One job id, from submission to its final line in the ledger. `record` is what that line will say."""
+
+    record: dict
+    request: Request
+    folder: Path
+    token_file: Path
+    resubmitted: dict[str, int] = field(default_factory=dict)  # how often, by kind of failure
+    pending_since: float = field(default_factory=time.time)
+    nodes_failed: list[str] = field(default_factory=list)
+    step: int | None = None  # newest training step of the attempts before this one
+    notes: dict[str, float] = field(default_factory=dict)  # what was already said to the user, and when
+
+    @property
+    def job_id(self) -> str:
+        return self.record["job_id"]
+
+    @property
+    def rule(self) -> str:
+        return self.record["rule"]
+
+    @property
+    def restart(self) -> int:
+        return self.record["restart"]
+
+    @property
+    def log(self) -> str | None:
+        return self.record["log"]
+
+
+def rule_of(job) -> str:
+    """The rule's name, or "group:<id>" for a group of jobs."""
+    return f"group:{job.groupid}" if job.is_group() else job.rule.name
+
+
+def wildcards_of(job) -> dict[str, str]:
+    return {} if job.is_group() else dict(job.wildcards_dict)
+
+
+def name_of(rule: str, wildcards: dict[str, str]) -> str:
+    """A name for the work that is safe as a file name and a SLURM job name: "evaluate-sft"."""
+    text = "-".join([rule, *(str(value) for value in wildcards.values())])
+    safe = re.sub(r"[^\w.]+", "-", text).strip("-")
+    return safe if len(safe) <= 80 else f"{safe[:70]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """A folder for one submission; private, since the pickled job in it may hold environment variables."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        now = time.time()
+        folder = parent / f"{name}-{time.strftime('%m%dT%H%M%S', time.gmtime(now))}{int(now * 1000) % 1000:03d}"
+        try:
+            folder.mkdir(mode=0o700)
+            return folder
+        except FileExistsError:
+            time.sleep(0.001)
+
+
+def fingerprint(job) -> str:
+    """Tells whether a job found in the ledger is the one that is asked for: same rule, wildcards, outputs and command."""
+    parts = [rule_of(job), repr(sorted(wildcards_of(job).items())), *map(str, job.output)]
+    if not job.is_group():
+        parts.append(str(job.shellcmd))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def inputs_newer_than(job, moment: float) -> bool:
+    """Whether an input changed after `moment` (unix seconds), so that what ran since then is out of date."""
+    for path in job.input:
+        try:
+            if os.stat(path).st_mtime > moment:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def last_lines(path: str | os.PathLike | None, count: int, tail_bytes: int = 16384) -> list[str]:
+    """The last complete or incomplete lines of a text file, none when it cannot be read."""
+    try:
+        with open(path or "", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            start = max(0, file.tell() - tail_bytes)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return lines[1 if start else 0 :][-count:]
