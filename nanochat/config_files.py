@@ -27,7 +27,7 @@ def load(values: dict[str, Any], files: Iterable[str | Path] = ()) -> Config:
 
     Raises UserError with one line for each error.
     """
-    sources = [(str(path), _read_yaml(path)) for path in files]
+    sources = [(_shown(path), _read_yaml(path)) for path in files]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -147,7 +147,7 @@ def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
     if model.heads % model.kv_heads:
         yield ("model", "kv_heads"), model.kv_heads, f"does not divide the {model.heads} heads."
     if config.corpus.source == "directory" and not config.corpus.paths:
-        yield ("corpus", "paths"), "[]", "source `directory` needs at least one file, folder or glob."
+        yield ("corpus", "source"), "directory", "needs a file, a folder or a glob in corpus.paths."
     if config.batch_size.max_device_batch_size < 1:
         yield ("batch_size", "max_device_batch_size"), config.batch_size.max_device_batch_size, "must be at least 1."
     for name in TRAINED_STAGES:
@@ -280,6 +280,12 @@ def _all_keys(section: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -
         inner = _section(field.annotation)
         if inner:
             yield from _all_keys(inner, (*prefix, key))
+
+
+def _shown(path: str | Path) -> str:
+    """The path as a user would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

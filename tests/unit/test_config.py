@@ -1,0 +1,160 @@
+"""Settings: one definition, errors that name file, key and value, one file a stage."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.config import Base, Config, Model, stage_settings
+from nanochat.config_files import load, load_files, render_yaml, require_writable, write_stage_settings
+from nanochat.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def error_of(tmp_path, text):
+    """What a user reads who overlays config.yaml with `text`."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_files([REPOSITORY / "config.yaml", overlay])
+    message = str(caught.value)
+    assert message.startswith(str(overlay)), message
+    return message.removeprefix(f"{overlay}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {depht: 4}", "model.depht: no such setting. Did you mean model.depth?"),
+        ("sequence_length: 4", "sequence_length: no such setting. Did you mean train.base.sequence_length?"),
+        ("model: {depth: four}", "model.depth = four: not a whole number."),
+        ("model: {depth: 2.5}", "model.depth = 2.5: not a whole number."),
+        ("model: {depth: 0}", "model.depth = 0: must be more than 0."),
+        ("train: {base: {sequence_length: -8}}", "train.base.sequence_length = -8: must be at least 16."),
+        ("corpus: 3", "corpus = 3: not a section of keys."),
+        ("corpus: {source: bundeld}", "corpus.source = bundeld: must be 'bundled', 'directory' or 'huggingface'."),
+        (
+            "train: {optimizer: {matrix_learning_rate: 1e-3}}",
+            "train.optimizer.matrix_learning_rate = 1e-3: not a number. YAML reads 1e-3 as text: write 0.001 or 1.0e-3.",
+        ),
+        ("model: {width: 100, heads: 7}", "model.heads = 7: does not divide the width 100. Nearest that does: 5."),
+        ("model: {width: 64, heads: 4, kv_heads: 3}", "model.kv_heads = 3: does not divide the 4 heads."),
+        (
+            "train: {base: {tokens_per_step: 500000}}",
+            "train.base.tokens_per_step = 500000: not a multiple of sequence_length x GPUs = 2048 x 4 = 8192,"
+            " so no batch size divides it. Nearest: 499712, 507904.",
+        ),
+        (
+            "train: {base: {device_batch_size: 7}}",
+            "train.base.device_batch_size = 7: does not divide the 64 rows that a step has on each device. Nearest: 4, 8.",
+        ),
+        (
+            "corpus: {source: directory}",
+            "corpus.source = directory: needs a file, a folder or a glob in corpus.paths.",
+        ),
+        (
+            "train: {sft: {mixture: [{name: jsonl, path: nowhere.jsonl}]}}",
+            "train.sft.mixture.0.path = nowhere.jsonl: no such file.",
+        ),
+    ],
+)
+def test_a_bad_setting_is_named_with_file_key_value_and_remedy(tmp_path, text, expected):
+    assert error_of(tmp_path, text) == expected
+
+
+def test_every_bad_setting_is_named_at_once(tmp_path):
+    message = error_of(tmp_path, "model: {depth: x, head_dim: 3}\nseed: -1")
+    assert len(message.splitlines()) == 3
+
+
+def test_the_file_that_set_the_value_is_named_not_the_one_below_it(tmp_path):
+    lower, upper = tmp_path / "lower.yaml", tmp_path / "upper.yaml"
+    lower.write_text("model: {depth: 4}\nseed: 1")
+    upper.write_text("model: {depth: -4}")
+    with pytest.raises(UserError, match=r"upper\.yaml: model\.depth"):
+        load_files([lower, upper])
+    with pytest.raises(UserError, match=r"lower\.yaml: seed"):
+        load({"model": {"depth": 4}, "seed": -1}, [lower, upper])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: [")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        load_files([bad])
+
+
+def test_config_yaml_explains_every_key_and_holds_the_defaults():
+    assert (REPOSITORY / "config.yaml").read_text() == render_yaml(Config())
+
+
+def test_rendered_settings_read_back_the_same():
+    config = load_files([REPOSITORY / "config.yaml", REPOSITORY / "profiles/local/settings.yaml"])
+    assert load(yaml.safe_load(render_yaml(config))) == config
+
+
+def test_schema_is_in_step_with_the_settings():
+    schema = json.loads((REPOSITORY / "workflow/schemas/config.schema.json").read_text())
+    assert schema == Config.model_json_schema(), "nanochat schema > workflow/schemas/config.schema.json"
+
+
+@pytest.mark.parametrize("profile", ["local", "workstation", "artemis"])
+def test_every_profile_overlays_config_yaml(profile):
+    folder = REPOSITORY / "profiles" / profile
+    keys = yaml.safe_load((folder / "config.yaml").read_text())
+    overlay = keys.get("configfile")
+    load_files([REPOSITORY / "config.yaml", *([REPOSITORY / overlay] if overlay else [])])
+
+
+def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
+    config = Config()
+    write_stage_settings(config, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    sft = config.train.sft.model_copy(update={"epochs": 2.0})
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"sft": sft})})
+    write_stage_settings(changed, tmp_path)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"sft.json"}
+
+
+def test_stage_settings_survive_the_file(tmp_path):
+    for name, settings in stage_settings(Config()).items():
+        again = type(settings).model_validate_json(settings.model_dump_json())
+        assert again.model_dump() == settings.model_dump(), name
+
+
+@given(depth=st.integers(1, 64), head_dim=st.sampled_from([32, 64, 128]))
+def test_one_dial_gives_whole_heads(depth, head_dim):
+    model = Model(depth=depth, head_dim=head_dim).resolved()
+    assert model.width >= depth * model.aspect_ratio
+    assert model.width % model.heads == 0
+    assert model.width // model.heads == head_dim
+    assert model.heads % model.kv_heads == 0
+
+
+@given(rows=st.integers(1, 1000), length=st.integers(16, 4096), gpus=st.integers(0, 8))
+def test_any_multiple_of_rows_is_a_step(rows, length, gpus):
+    base = Base(sequence_length=length, gpus=gpus, tokens_per_step=rows * length * max(1, gpus))
+    config = Config()
+    load(config.model_copy(update={"train": config.train.model_copy(update={"base": base})}).model_dump())
+
+
+def test_a_results_folder_that_is_not_writable_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"results = .*is a file"):
+        require_writable(tmp_path / "file" / "results")
+
+
+def test_environment_yml_installs_from_pyproject():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    python, _, pip = environment["dependencies"]
+    assert pip == {"pip": ["-e ."]}, "pyproject.toml is the one list of dependencies"
+    lower = project["requires-python"].split(",")[0].removeprefix(">=")
+    assert python == f"python={lower}"
+    assert environment["name"] == project["name"]

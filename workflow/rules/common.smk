@@ -1,0 +1,33 @@
+"""Settings are checked and cut into one file a stage before any job is queued; see nanochat/config.py for each of them."""
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from nanochat.check import check
+from nanochat.config import TRAINED_STAGES
+from nanochat.config_files import load, write_stage_settings
+from nanochat.errors import UserError
+
+# The commands of this environment come first, whether it is activated or not.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+try:
+    # Snakemake lists config.yaml last although everything else overlays it.
+    run = load(
+        config,
+        sorted(workflow.configfiles, key=lambda path: str(path) != "config.yaml"),
+    )
+    # Jobs find the files that the driver wrote; they neither check the corpus again nor touch the files.
+    if workflow.is_main_process:
+        check(run)
+        write_stage_settings(run, f"{run.results}/config")
+except UserError as error:
+    raise WorkflowError(error)
+
+
+wildcard_constraints:
+    stage="|".join(TRAINED_STAGES),
+    benchmark="[a-z_]+",
