@@ -2,7 +2,7 @@
 
 `Executor` submits each job through submitit, to this machine or to SLURM, looks at all of them together, writes the ledger,
 and decides what follows a failure. It is imported at every start of Snakemake and of every job, so imports stay light here,
-and `from __future__ import annotations` stays out: it would turn the types of `ExecutorSettings` into strings.
+and `from __future__ import annotations` and `X | None` stay out of `ExecutorSettings`: Snakemake calls its fields' types.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
@@ -32,13 +31,13 @@ class ExecutorSettings(ExecutorSettingsBase):
         default=Path("results/jobs"),
         metadata={"help": "Folder for the jobs' own files; on a cluster it must be shared by all nodes."},
     )
-    ledger: Path | None = field(
-        default=None,
+    ledger: str = field(
+        default="",
         metadata={"help": "File that records every attempt of every job. Default: ledger.jsonl in the folder."},
     )
-    poll_seconds: float | None = field(
-        default=None,
-        metadata={"help": "Seconds between looks at the jobs. Default: 0.25 locally, 10 on a cluster."},
+    poll_seconds: float = field(
+        default=0.0,
+        metadata={"help": "Seconds between looks at the jobs. Default 0: 0.25 locally, 10 on a cluster."},
     )
     progress: str = field(
         default="on",
@@ -48,9 +47,9 @@ class ExecutorSettings(ExecutorSettingsBase):
         default=10.0,
         metadata={"help": "Local jobs: seconds between the request to stop and the kill, for a trainer to save."},
     )
-    gpus: str | None = field(
-        default=None,
-        metadata={"help": "Local jobs: GPUs to share out, e.g. `0,1`. Default: CUDA_VISIBLE_DEVICES, else all."},
+    gpus: str = field(
+        default="all",
+        metadata={"help": "Local jobs: GPUs to share out, e.g. `0,1`. Default: `all` that CUDA_VISIBLE_DEVICES shows."},
     )
     doctor: str = field(
         default="on",

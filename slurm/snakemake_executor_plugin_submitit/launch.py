@@ -112,9 +112,8 @@ def _all_nodes(nodes: int, arguments: argparse.Namespace, command: list[str]) ->
     if os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not inherit it
         step += [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"]
     inner = [sys.executable, "-m", "snakemake_executor_plugin_submitit.launch", f"--nodes={nodes}"]
-    for name in ("gpus", "ranks_per_node"):
-        if getattr(arguments, name):
-            inner.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
+    inner += [f"--gpus={arguments.gpus}"] if arguments.gpus else []
+    inner += [f"--ranks-per-node={arguments.ranks_per_node}"] if arguments.ranks_per_node else []
     # srun would end its tasks at SIGTERM; SLURM signals the ranks' own step as well.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return subprocess.run([*step, *inner, "--", *command]).returncode

@@ -23,8 +23,8 @@ class LocalCluster:
 
     name = "local"
 
-    def __init__(self, gpu_list: str | None, grace_seconds: float):
-        self.gpus = gpus.visible() if gpu_list is None else [gpu.strip() for gpu in gpu_list.split(",") if gpu.strip()]
+    def __init__(self, gpu_list: str, grace_seconds: float):
+        self.gpus = gpus.visible() if gpu_list == "all" else [gpu.strip() for gpu in gpu_list.split(",") if gpu.strip()]
         self.grace_seconds = grace_seconds
         self._controllers: dict[str, submitit.Job] = {}
 
