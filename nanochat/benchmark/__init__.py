@@ -1,0 +1,1 @@
+"""Before/after measurements on the hardware that is there."""

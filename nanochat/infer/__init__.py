@@ -1,0 +1,1 @@
+"""Inference: the engine, sampling, the calculator, the terminal chat."""

@@ -1,0 +1,175 @@
+import random
+
+import pytest
+import torch
+from infer_models import VOCAB, recomputed, tiny_model
+
+from nanochat.errors import UserError
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
+from nanochat.model.attention import KVCache
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_greedy_decode_equals_recompute(kv_heads):
+    """Token for token, for prompts that begin before, at and behind the edges of the length buckets."""
+    model = tiny_model(seed=kv_heads, kv_heads=kv_heads)
+    requests = [Request(prompt(n, seed=n), 12) for n in (1, 2, 31, 55, 63, 64, 65, 120, 127, 128, 129, 148)]
+    completions = Engine(model, rows=5).generate(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.ids == recomputed(model, request.prompt, 12)
+        assert completion.stop_reason == "length"
+
+
+def test_decode_to_the_last_position_equals_recompute(model):
+    request = Request(prompt(3), 157)
+    assert Engine(model, rows=2).generate([request])[0].ids == recomputed(model, request.prompt, 157)
+
+
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(model):
+    shared = prompt(70)
+    requests = [Request(shared + prompt(n, seed=n), 6) for n in (1, 5, 30)]
+    engine = Engine(model, rows=3)
+    completions = engine.generate(requests)
+    assert engine.prefill.prefix[:70] == shared
+    assert [c.ids for c in completions] == [recomputed(model, r.prompt, 6) for r in requests]
+
+
+def test_a_long_prompt_is_prefilled_in_pieces(model):
+    engine = Engine(model, rows=1)
+    engine.prefill.tokens = 16
+    request = Request(prompt(100), 5)
+    assert engine.generate([request])[0].ids == recomputed(model, request.prompt, 5)
+
+
+def test_output_does_not_depend_on_the_other_rows(model):
+    """Alone, in a batch of four and of nine, greedy and sampled, first and last in the queue."""
+    mixed = [
+        Request(prompt(5 + 7 * i, seed=i), 4 + 5 * i, temperature=0.0 if i % 2 else 0.9, top_k=i % 3 * 10, seed=i)
+        for i in range(9)
+    ]
+    alone = [Engine(model, rows=1).generate([request])[0].ids for request in mixed]
+    assert [c.ids for c in Engine(model, rows=4).generate(mixed)] == alone
+    assert [c.ids for c in Engine(model, rows=9).generate(mixed)] == alone
+    assert [c.ids for c in Engine(model, rows=4).generate(mixed[::-1])][::-1] == alone
+
+
+def test_an_engine_used_before_gives_the_same(model):
+    """Nothing of an earlier request is left in a row that is used again."""
+    engine, request = Engine(model, rows=2), Request(prompt(9), 20, temperature=1.0, seed=3)
+    first = engine.generate([request])[0].ids
+    engine.generate([Request(prompt(140, seed=5), 15), Request(prompt(40, seed=6), 100)])
+    assert engine.generate([request])[0].ids == first
+
+
+def test_a_stream_left_half_way_leaves_the_engine_usable(model):
+    engine, request = Engine(model, rows=2), Request(prompt(9), 20)
+    stream = engine.stream(request)
+    first = [next(stream) for _ in range(3)]
+    stream.close()
+    assert engine.generate([request])[0].ids[:3] == first
+    assert list(engine.stream(request)) == recomputed(model, request.prompt, 20)
+
+
+def test_generation_ends_before_a_stop_token(model):
+    whole = recomputed(model, prompt(8), 30)
+    stop = whole[11]
+    expected = whole[: whole.index(stop)]
+    completion = Engine(model, rows=1).generate([Request(prompt(8), 30, stop_ids=[stop])])[0]
+    assert (completion.ids, completion.stop_reason) == (expected, "stop")
+
+
+def test_bursts_change_nothing(model):
+    """On a GPU the host looks every 16 steps only: what a row draws behind its stop token must not show."""
+    requests = [Request(prompt(3 + i, seed=i), 5 + 4 * i, temperature=1.0, seed=i, stop_ids=[7, 50]) for i in range(12)]
+    single, bursts = Engine(model, rows=3), Engine(model, rows=3)
+    bursts.burst = 16
+    assert single.generate(requests) == bursts.generate(requests)
+
+
+def test_seeds_reproduce_and_samples_differ(model):
+    request = Request(prompt(6), 12, temperature=1.0, seed=11, samples=8)
+    first, second = (Engine(model, rows=rows).generate([request]) for rows in (8, 3))
+    assert [c.ids for c in first] == [c.ids for c in second]
+    assert len({tuple(c.ids) for c in first}) == 8
+
+
+def test_bad_requests_get_an_error_and_the_others_go_on(model):
+    good = Request(prompt(10), 8)
+    bad = {
+        "prompt: empty": Request([], 5),
+        f"prompt: token id {VOCAB} is outside the vocabulary of {VOCAB}": Request([1, VOCAB], 5),
+        "prompt: token id -1 is outside": Request([-1], 5),
+        "prompt: 160 tokens leave no room in a context of 160": Request(prompt(160), 1),
+        "max_new_tokens = 151: with the 10 tokens of the prompt longer than the context of 160. At most 150": Request(
+            prompt(10), 151
+        ),
+        "max_new_tokens = 0": Request([1], 0),
+        "temperature = -0.5": Request([1], 5, temperature=-0.5),
+        "temperature = nan": Request([1], 5, temperature=float("nan")),
+        "top_p = 0": Request([1], 5, top_p=0),
+        "top_k = -1": Request([1], 5, top_k=-1),
+        "stop_ids: 9 given": Request([1], 5, stop_ids=range(9)),
+    }
+    engine = Engine(model, rows=2)
+    completions = engine.generate([good, *bad.values(), good])
+    assert completions[0].ids == completions[-1].ids == recomputed(model, good.prompt, 8)
+    for message, completion in zip(bad, completions[1:-1], strict=True):
+        assert completion.stop_reason == "error"
+        assert message in completion.error
+    with pytest.raises(UserError, match="prompt: empty"):
+        list(engine.stream(Request([], 5)))
+
+
+def test_more_rows_than_fit_are_refused_before_allocation(model):
+    with pytest.raises(UserError, match=r"At most \d+ rows fit"):
+        Engine(model, rows=10**10)
+
+
+def test_memory_stays_flat(model):
+    """All the tensors of an engine exist before its first request."""
+    engine = Engine(model, rows=4)
+
+    def storages() -> set[int]:
+        tensors = [*engine.cache.keys, *engine.cache.values, *engine.prefill.scratch.keys, engine.state.token]
+        return {tensor.data_ptr() for tensor in tensors}
+
+    before = storages()
+    for seed in range(30):
+        engine.generate([Request(prompt(5, seed), 3), Request(prompt(50, seed), 2, temperature=1.0)])
+    assert storages() == before
+
+
+def test_a_wrong_position_is_noticed(model):
+    """The parity tests can fail: a key stored one place too far changes what is decoded."""
+    cache = KVCache(model.config, 1, 64, model.device, torch.float32)
+    ids = prompt(20)
+    with torch.no_grad():
+        model(torch.tensor([ids]), positions=torch.arange(1, 21)[None], cache=cache)
+        wrong = model(torch.tensor([[5]]), positions=torch.tensor([[21]]), cache=cache)[0, -1]
+        right = model(torch.tensor([[*ids, 5]]), last_only=True)[0, -1]
+    assert not torch.allclose(wrong, right, atol=1e-3)
+
+
+def test_logprobs_are_those_of_a_full_pass(model):
+    contexts = [prompt(n, seed=n) for n in (1, 17, 17, 40, 90)]
+    pairs = [(context, prompt(k, seed=100 + i)) for i, context in enumerate(contexts) for k in (1, 1, 6)]
+    for (context, continuation), scored in zip(pairs, Engine(model, rows=1).logprobs(pairs), strict=True):
+        with torch.no_grad():
+            table = model(torch.tensor([context + continuation])).log_softmax(-1)[0, len(context) - 1 : -1]
+        expected = table[range(len(continuation)), continuation]
+        assert scored.token_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        assert scored.logprob == pytest.approx(float(expected.sum()), abs=1e-4)
+        assert scored.greedy == (table.argmax(-1).tolist() == continuation)
+
+
+def test_logprobs_refuse_what_has_no_meaning(model):
+    engine = Engine(model, rows=1)
+    with pytest.raises(UserError, match="at least one token"):
+        engine.logprobs([([], [1])])
+    with pytest.raises(UserError, match="more than the context of 160"):
+        engine.logprobs([(prompt(160), [1, 2])])

@@ -1,0 +1,43 @@
+"""The study's "token broadcasting" bug: several samples of one prompt must draw their first token independently."""
+
+from infer_models import tiny_model
+
+from nanochat.benchmark.chi_squared import chi_squared
+from nanochat.benchmark.first_token import (
+    broadcast_first_tokens,
+    distribution,
+    engine_first_tokens,
+)
+from nanochat.infer.engine import Engine
+
+PROMPT = [3, 14, 15, 92, 65]
+
+
+def mild_model():
+    """A model whose next token is open: its head is scaled down."""
+    model = tiny_model(seed=4)
+    model.head.data *= 0.3
+    return model
+
+
+def follows_the_model(draws, probabilities) -> bool:
+    """The check that both variants below are put to."""
+    return chi_squared(draws, probabilities).p_value > 1e-3
+
+
+def test_first_tokens_of_many_samples_follow_the_distribution():
+    model = mild_model()
+    expected = distribution(model, PROMPT)
+    for seed in range(3):
+        draws = engine_first_tokens(Engine(model, rows=64), PROMPT, 3000, seed)
+        assert follows_the_model(draws, expected)
+        assert draws.unique().numel() > 20
+
+
+def test_the_check_fails_when_one_first_token_is_copied_to_all_rows():
+    model = mild_model()
+    expected = distribution(model, PROMPT)
+    for seed in range(3):
+        draws = broadcast_first_tokens(model, PROMPT, 3000, seed)
+        assert not follows_the_model(draws, expected)
+        assert draws.unique().numel() == 1
