@@ -79,6 +79,7 @@ class Driver:
         rule, wildcards, key = work.rule_of(job), work.wildcards_of(job), work.fingerprint(job)
         adopted = self._adopt(job, rule, wildcards, key)
         if adopted:
+            adopted.command = command()
             return adopted
         request = self._request(job)
         self.cluster.check(rule, request)
@@ -163,7 +164,7 @@ class Driver:
         decision = decide(
             seen.state, status.get("kind"), status.get("exit_code"), further, submission.resubmitted, seen.reason
         )
-        if decision.action != "resubmit" or not submission.command:
+        if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")
         submission.step = step if step is not None else submission.step
         self._resubmit(submission, decision)
@@ -244,7 +245,8 @@ class Driver:
         for submission in submissions:
             waiting = submission.record["state"] == "PENDING"
             says = f"waiting: {submission.record['reason']}" if waiting and submission.record["reason"] else None
-            jobs.append((work.name_of(submission.rule, submission.record["wildcards"]), submission.log, says))
+            name = work.name_of(submission.rule, submission.record["wildcards"])
+            jobs.append((name, submission.log, says, submission.record["submitted"]))
         self.progress.show(jobs)
 
     def _say(self, text: str) -> None:

@@ -102,6 +102,8 @@ class Allocation:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __call__(self) -> dict:
+        if self.cluster == "local":
+            os.setsid()  # Ctrl-C is for the driver: it asks us, and waits for what is being saved
         signals = Signals()
         _adopt_orphans()
         restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0) if self.cluster == "slurm" else 0

@@ -38,7 +38,32 @@ FINAL = {
     "LOST",
 }
 
-FIELDS = ["event", "rule", "wildcards", "job_id", "attempt", "restart", "cluster", "partition", "nodes", "node_names", "cpus", "gpus", "gpu_type", "submitted", "eligible", "started", "ended", "state", "reason", "exit_code", "log", "folder", "pid", "key"]
+FIELDS = [
+    "event",
+    "rule",
+    "wildcards",
+    "job_id",
+    "attempt",
+    "restart",
+    "cluster",
+    "partition",
+    "nodes",
+    "node_names",
+    "cpus",
+    "gpus",
+    "gpu_type",
+    "submitted",
+    "eligible",
+    "started",
+    "ended",
+    "state",
+    "reason",
+    "exit_code",
+    "log",
+    "folder",
+    "pid",
+    "key",
+]
 
 
 def new_record(**known) -> dict:

@@ -31,13 +31,13 @@ class Progress:
             for handler in logger.handlers:
                 handler.addFilter(self._filter)
 
-    def show(self, jobs: list[tuple[str, str | None, str | None]]) -> None:
-        """`jobs`: name, log file or None, and what to say while the log says nothing or None."""
+    def show(self, jobs: list[tuple[str, str | None, str | None, float]]) -> None:
+        """`jobs`: name, log file or None, what to say while the log says nothing or None, and since when its lines count."""
         if not self.enabled:
             return
         lines = {}
-        for name, log, otherwise in jobs:
-            line = newest_line(log) or otherwise
+        for name, log, otherwise, since in jobs:
+            line = newest_line(log, since) or otherwise
             if line:
                 lines[name] = line if line.startswith(name.partition("-")[0]) else f"{name}  {line}"
         if self.terminal:
@@ -76,10 +76,13 @@ class _ClearBefore(logging.Filter):
         return True
 
 
-def newest_line(path: str | None) -> str | None:
-    """The newest complete line of a log file; a line may end in a carriage return. None when there is none."""
+def newest_line(path: str | None, since: float = 0.0) -> str | None:
+    """The newest complete line of a log file; a line may end in a carriage return. None when there is none, or when the file
+    was last written before `since` (unix seconds): that is an earlier attempt's."""
     try:
         with open(path or "", "rb") as file:
+            if os.fstat(file.fileno()).st_mtime < since:
+                return None
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL_BYTES))
             text = file.read().decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")

@@ -19,7 +19,49 @@ from dataclasses import dataclass, field, replace
 SIGNAL_SECONDS = 120  # before the walltime; SLURM may signal up to 60 s early, and a save must fit
 
 # Names only: SLURM keeps whole environments in its database, so a job gets what it needs to run and nothing else.
-ENVIRONMENT = ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TERM", "TMPDIR", "PYTHONPATH", "PYTHONNOUSERSITE", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "MODULEPATH", "MODULESHOME", "LMOD_CMD", "LMOD_DIR", "BASH_ENV", "CONDA_PREFIX", "CONDA_EXE", "CONDA_DEFAULT_ENV", "SLURM_CONF", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_HOME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SOURCE_DATE_EPOCH"]
+ENVIRONMENT = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "LANG",
+    "LC_ALL",
+    "TERM",
+    "TMPDIR",
+    "PYTHONPATH",
+    "PYTHONNOUSERSITE",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "MODULEPATH",
+    "MODULESHOME",
+    "LMOD_CMD",
+    "LMOD_DIR",
+    "BASH_ENV",
+    "CONDA_PREFIX",
+    "CONDA_EXE",
+    "CONDA_DEFAULT_ENV",
+    "SLURM_CONF",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "CUDA_HOME",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_IB_HCA",
+    "GLOO_SOCKET_IFNAME",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "SOURCE_DATE_EPOCH",
+]
 
 OWNED = {
     "--account": "slurm_account",
@@ -36,7 +78,24 @@ OWNED = {
     "--qos": "qos",
     "--time": "runtime",
     **dict.fromkeys(
-        ["--array", "--chdir", "--comment", "--error", "--export", "--job-name", "--no-requeue", "--ntasks", "--ntasks-per-node", "--open-mode", "--output", "--parsable", "--requeue", "--signal", "--wait", "--wrap"]
+        [
+            "--array",
+            "--chdir",
+            "--comment",
+            "--error",
+            "--export",
+            "--job-name",
+            "--no-requeue",
+            "--ntasks",
+            "--ntasks-per-node",
+            "--open-mode",
+            "--output",
+            "--parsable",
+            "--requeue",
+            "--signal",
+            "--wait",
+            "--wrap",
+        ]
     ),
 }
 SHORT = {

@@ -23,6 +23,7 @@ class Submission:
     request: Request
     folder: Path
     token_file: Path
+    command: str = ""
     resubmitted: dict[str, int] = field(default_factory=dict)  # how often, by kind of failure
     pending_since: float = field(default_factory=time.time)
     nodes_failed: list[str] = field(default_factory=list)
