@@ -1,0 +1,1 @@
+"""Scores of a trained stage, each beside chance."""
