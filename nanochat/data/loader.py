@@ -41,6 +41,11 @@ class PretrainLoader:
                 f"{shards.folder}: {shards.total_tokens:,} tokens are too few for one row of sequence_length + 1 = "
                 f"{sequence_length + 1:,}. Give more text, or a smaller train.base.sequence_length."
             )
+        if seed is not None and self.rows_per_epoch < rows_per_step:
+            raise UserError(
+                f"config.yaml: train.base.tokens_per_step = {rows_per_step * sequence_length}: {shards.folder} holds "
+                f"{self.rows_per_epoch * sequence_length:,} tokens to train on, less than one step. Give more text or a smaller step."
+            )
 
     def row_index(self, step: int, first_row: int, rows: int) -> np.ndarray:
         """(rows,) int64: which rows of the corpus these are."""
