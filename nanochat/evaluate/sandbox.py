@@ -10,6 +10,7 @@ passed only when it ran to its very end: the proof is a random word that is writ
 `os._exit(0)` in the middle do not pass.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -25,6 +26,7 @@ from typing import Literal
 from nanochat.hardware import cpu_count
 
 Status = Literal["passed", "failed", "timed_out", "killed"]
+WARDEN = Path(__file__).with_name("warden.py")
 GRACE_SECONDS = 2.0  # what the warden may take beyond the program's deadline
 
 
@@ -56,7 +58,7 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="nanochat-sandbox-", ignore_cleanup_errors=True) as folder:
         warden = subprocess.Popen(
             # -I: no user site, no environment; -S: no site-packages.
-            [sys.executable, "-I", "-S", str(Path(__file__).with_name("warden.py"))],
+            [sys.executable, "-I", "-S", str(WARDEN)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,10 +91,8 @@ def run_all(programs: list[str], limits: Limits | None = None) -> list[Outcome]:
 
 def _kill_group(process: subprocess.Popen) -> None:
     """Kill the warden's session and reap it; its group lives on as long as a process of it does."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:

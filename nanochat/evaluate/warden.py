@@ -78,6 +78,8 @@ def run(order: dict, report_to: int, libc: ctypes.CDLL) -> None:
         (resource.RLIMIT_NPROC, order["processes"]),
         (resource.RLIMIT_CORE, 0),
     ):
+        hard = resource.getrlimit(name)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(name, (limit, limit))
     word = order["word"]
     source = order["program"]
