@@ -10,9 +10,13 @@ from nanochat.check import check
 from nanochat.config import TRAINED_STAGES
 from nanochat.config_files import load, write_stage_settings
 from nanochat.errors import UserError
+from snakemake_executor_plugin_submitit.stale_lock import (
+    record_holder,
+    remove_stale_lock,
+)
 
 # The commands of this environment come first, whether it is activated or not.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
 
 try:
     # Snakemake lists config.yaml last although everything else overlays it.
@@ -24,6 +28,10 @@ try:
     if workflow.is_main_process:
         check(run)
         write_stage_settings(run, f"{run.results}/config")
+        if not workflow.dryrun:
+            gone = remove_stale_lock()
+            if gone:
+                logger.info(f"The driver with process id {gone} was killed; its lock is removed.")
 except UserError as error:
     raise WorkflowError(error)
 
@@ -31,3 +39,7 @@ except UserError as error:
 wildcard_constraints:
     stage="|".join(TRAINED_STAGES),
     benchmark="[a-z_]+",
+
+
+onstart:
+    record_holder()
