@@ -4,6 +4,7 @@ Nothing here knows Snakemake's scheduler: `Executor` hands in jobs and gets outc
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import exits, ledger, resources, work
-from .failures import decide
+from .failures import Decision, decide
 from .job import Allocation, newest_step
 from .progress import Progress
 from .status import Observation
 from .work import Submission
 
 LOG_LINES = 15
+ACCOUNT_SECONDS = 60.0
+CLOSE_SECONDS = 10.0
+KILLED_FOR_MEMORY = re.compile(rb"exceeded memory limit|oom[-_ ]kill|Out Of Memory|Exceeded job memory", re.IGNORECASE)
 
 
 @dataclass
@@ -43,6 +47,9 @@ class Driver:
         self.progress.install(logger)
         self.running: dict[str, Submission] = {}
         self.found: list[tuple[Submission, Observation]] = []  # left behind by a driver that died
+        self.unsettled: list[tuple[Submission, dict]] = []  # ended, but the accounting's own times are still to come
+        self._accounted = time.monotonic()
+        self._asked = self._glanced = float("-inf")
         self._lock = threading.RLock()
         self._recover()
 
@@ -137,10 +144,18 @@ class Driver:
         ledger.append(self.ledger, submission.record)
 
     def look(self, submissions: list[Submission]) -> dict[str, Outcome]:
-        """One look at all jobs; the outcome of those that ended, by the job id they had when this was called."""
+        """One look at all jobs; the outcome of those that ended, by the job id they had when this was called.
+
+        Most looks only read the status files of the jobs; the cluster itself is asked every `poll_seconds`.
+        """
         with self._lock:
+            if time.monotonic() - self._asked >= self.poll_seconds:
+                self._asked = time.monotonic()
+                seen = self.cluster.observe(submissions) if submissions else {}
+                self._account()
+            else:
+                seen = self.cluster.ended(submissions)
             outcomes = {}
-            seen = self.cluster.observe(submissions) if submissions else {}
             for submission in submissions:
                 job_id = submission.job_id
                 if job_id in seen:
@@ -151,7 +166,10 @@ class Driver:
 
     def _advance(self, submission: Submission, seen: Observation) -> Outcome | None:
         """Bring one submission's record up to date; its outcome when it ended for good."""
+        self._follow_requeues(submission, seen)
         self._note(submission, seen)
+        if seen.never_starts:
+            return self._refuse_to_wait(submission, seen)
         if seen.state not in ledger.FINAL:
             return None
         status = exits.read_status(submission.folder, submission.restart) or {}
@@ -161,14 +179,53 @@ class Driver:
             return Outcome(True)
         step = status.get("step") or newest_step(submission.log)
         further = step is not None and (submission.step is None or step > submission.step)
-        decision = decide(
-            seen.state, status.get("kind"), status.get("exit_code"), further, submission.resubmitted, seen.reason
-        )
+        kind = status.get("kind") or ("host_out_of_memory" if _out_of_memory(submission.folder) else None)
+        reason = submission.record["reason"]
+        decision = decide(seen.state, kind, status.get("exit_code"), further, submission.resubmitted, reason)
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")
         submission.step = step if step is not None else submission.step
         self._resubmit(submission, decision)
         return None
+
+    def _follow_requeues(self, submission: Submission, seen: Observation) -> None:
+        """Close the record of each run that SLURM requeued since the last look, and open the next one."""
+        record = submission.record
+        while record["restart"] < seen.restart:
+            restart = record["restart"]
+            status = exits.read_status(submission.folder, restart) or {}
+            run = seen.earlier[restart] if restart < len(seen.earlier) else Observation("REQUEUED")
+            step = status.get("step")
+            submission.step = step if step is not None else submission.step
+            self._finish(submission, run, status)
+            where = f" on {', '.join(run.nodes)}" if run.nodes else ""
+            at = f" at step {step}" if step is not None else ""
+            word = run.state.lower().replace("_", " ")
+            self._say(f"{submission.rule}: job {submission.job_id} was {word}{where}{at}; SLURM has queued it again")
+            record |= {
+                "event": "submitted",
+                "restart": restart + 1,
+                "submitted": run.ended or time.time(),
+                "eligible": None,
+                "started": None,
+                "ended": None,
+                "state": "PENDING",
+                "reason": None,
+                "exit_code": None,
+                "node_names": None,
+            }
+            ledger.append(self.ledger, record)
+
+    def _refuse_to_wait(self, submission: Submission, seen: Observation) -> Outcome | None:
+        """Cancel a job that would wait for ever. Twice seen, since a reason can be stale for a moment."""
+        if submission.notes.setdefault("never starts", self._asked) == self._asked:
+            return None
+        self.cluster.cancel([submission])
+        ended = Observation("CANCELLED", seen.reason, ended=time.time(), restart=submission.restart)
+        self._finish(submission, ended, {})
+        self.running.pop(submission.job_id, None)
+        decision = Decision("give_up", "never_starts", f"it would wait for ever ({seen.reason}): {seen.never_starts}")
+        return Outcome(False, self._message(submission, decision), True)
 
     def _resubmit(self, submission: Submission, decision) -> None:
         count = submission.resubmitted[decision.kind] = submission.resubmitted.get(decision.kind, 0) + 1
@@ -191,8 +248,11 @@ class Driver:
         record["node_names"] = seen.nodes or record["node_names"]
         record["eligible"] = seen.eligible or record["eligible"]
         record["reason"] = seen.reason
-        if status.get("gpu_type"):
-            record["gpu_type"] = status["gpu_type"]
+        record["gpu_type"] = status.get("gpu_type") or seen.gpu_type or record["gpu_type"]
+        if seen.expected_start:
+            record["reason"] = (
+                f"{seen.reason}, expected start {time.strftime('%a %H:%M', time.localtime(seen.expected_start))}"
+            )
         if seen.state == "RUNNING" and started and record["state"] != "RUNNING":
             record |= {"event": "started", "state": "RUNNING", "started": started, "reason": None}
             ledger.append(self.ledger, record)
@@ -207,6 +267,27 @@ class Driver:
             "exit_code": status.get("exit_code"),
         }
         ledger.append(self.ledger, submission.record)
+        if self.cluster.name == "slurm" and not seen.settled:
+            self.unsettled.append((submission, dict(submission.record)))
+
+    def _account(self, at_once: bool = False) -> None:
+        """Correct the times of ended attempts by the accounting's own, once it has them."""
+        if not self.unsettled or not (at_once or time.monotonic() - self._accounted > ACCOUNT_SECONDS):
+            return
+        self._accounted = time.monotonic()
+        runs = self.cluster.account([record for _, record in self.unsettled])
+        left = []
+        for submission, record in self.unsettled:
+            past = runs.get(record["job_id"], [])
+            run = past[record["restart"]] if record["restart"] < len(past) else None
+            if run is None or not run.settled:
+                left.append((submission, record))
+                continue
+            better = {"started": run.started, "ended": run.ended, "eligible": run.eligible}
+            better |= {"node_names": run.nodes or record["node_names"], "gpu_type": record["gpu_type"] or run.gpu_type}
+            if any(record[key] != value for key, value in better.items()):
+                ledger.append(self.ledger, {**record, **better})
+        self.unsettled = left
 
     def _message(self, submission: Submission, decision) -> str:
         """What failed, where its log is, and how the log ends."""
@@ -233,10 +314,23 @@ class Driver:
             self.running.clear()
 
     def close(self) -> None:
+        """Give the accounting a moment to say when the last jobs ended."""
         self.progress.clear()
+        end = time.monotonic() + CLOSE_SECONDS
+        with self._lock:
+            self._account(at_once=True)
+            while self.unsettled and time.monotonic() < end:
+                time.sleep(1)
+                self._account(at_once=True)
 
     def wants_a_look(self) -> bool:
-        return False
+        """Whether a job's own status file says that it ended; reading them is gentle on the cluster, and paced by their number."""
+        with self._lock:
+            submissions = list(self.running.values())
+        if time.monotonic() - self._glanced < max(1.0, len(submissions) / 50):
+            return False
+        self._glanced = time.monotonic()
+        return bool(self.cluster.ended(submissions))
 
     def show_progress(self) -> None:
         with self._lock:
@@ -298,3 +392,14 @@ class Driver:
 
 def _complete(seen: Observation, job) -> bool:
     return seen.state == "COMPLETED" and all(os.path.exists(path) for path in job.output)
+
+
+def _out_of_memory(folder: Path) -> bool:
+    """Whether SLURM wrote into the job's output that it was killed for its memory; only cgroups tell it in the state."""
+    for path in folder.glob("*_log.*"):
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 16384))
+            if KILLED_FOR_MEMORY.search(file.read()):
+                return True
+    return False

@@ -110,7 +110,9 @@ class Allocation:
         job_id = os.environ["SLURM_JOB_ID"] if self.cluster == "slurm" else self.job_id
         status = Status(job_id, restart, new_token(self.token_file, job_id, restart))
         self._write(status)
-        if self.cluster == "slurm":
+        if any((exits.read_status(self.folder, run) or {}).get("exit_code") == 0 for run in range(restart)):
+            self._end(status, 0)  # requeued after it had succeeded: a second run would remove what others read by now
+        elif self.cluster == "slurm":
             status.gpus = _received_gpus()
             if len(status.gpus) < self.gpus:
                 self._end(status, exits.WRONG_GPUS)

@@ -78,11 +78,12 @@ class LocalCluster:
         job = self._controllers.get(submission.job_id)
         if job is not None and job._process is not None:
             return job._process.poll() is None
-        return bool(processes(submission.folder))
+        pids = {submission.record["pid"], (exits.read_status(submission.folder, 0) or {}).get("pid")}
+        return any(_belongs(pid, submission.folder) for pid in pids if pid)
 
-    def wake(self, submissions: list[Submission]) -> bool:
-        """Looking is cheap here: always."""
-        return True
+    def ended(self, submissions: list[Submission]) -> dict[str, Observation]:
+        """Looking is cheap here; only SLURM is asked less often than its jobs' files are read."""
+        return {}
 
     def cancel(self, submissions: list[Submission]) -> None:
         """End jobs with all their processes; trainers get the grace time to save. Returns when they are gone."""
@@ -111,6 +112,15 @@ def processes(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def _belongs(pid: int, folder: Path) -> bool:
+    """Whether this process is one of the submission's; pids come round again, folders do not."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -16,7 +16,9 @@ import re
 import shlex
 from dataclasses import dataclass, field, replace
 
-SIGNAL_SECONDS = 120  # before the walltime; SLURM may signal up to 60 s early, and a save must fit
+SIGNAL_SECONDS = (
+    120  # before the walltime, less for a short one; SLURM may signal up to 60 s early, and a save must fit
+)
 
 # Names only: SLURM keeps whole environments in its database, so a job gets what it needs to run and nothing else.
 ENVIRONMENT = [
@@ -254,11 +256,11 @@ def slurm_parameters(request: Request, name: str, environment: list[str]) -> dic
         "ntasks_per_node": 1,
         "cpus_per_task": request.cpus,
         "time": request.runtime_minutes,
-        "signal_delay_s": SIGNAL_SECONDS,
-        "wckey": None,
+        "signal_delay_s": min(SIGNAL_SECONDS, 15 * (request.runtime_minutes or SIGNAL_SECONDS)),
         # What the job's own srun calls see must not be what sbatch was told.
         "setup": ["export SLURM_EXPORT_ENV=ALL"],
         "srun_args": task,
         "additional_parameters": extra,
     }
-    return {key: value for key, value in known.items() if value is not None}
+    # submitit would name a wckey, which not every site takes
+    return {**{key: value for key, value in known.items() if value is not None}, "wckey": None}
