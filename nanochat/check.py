@@ -5,16 +5,22 @@ does the same at each start; by hand: `nanochat check config.yaml profiles/local
 """
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 
 from nanochat.config import Config
-from nanochat.config_files import load_files, require_writable
+from nanochat.config_files import load_files, name_origin, require_writable
 from nanochat.data.preflight import preflight
+from nanochat.errors import UserError
 
 
-def check(config: Config) -> None:
-    """Raises UserError when the output folder or the corpus will not do."""
-    require_writable(config.results)
-    preflight(config)
+def check(config: Config, files: Iterable[str | Path]) -> None:
+    """Raises UserError when the output folder or the corpus will not do; it names which of `files` set the key."""
+    try:
+        require_writable(config.results)
+        preflight(config)
+    except UserError as error:
+        raise UserError(name_origin(str(error), files)) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,5 +28,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check(load_files(arguments.files))
+    check(load_files(arguments.files), arguments.files)
     print("settings and corpus: fine")

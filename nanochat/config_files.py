@@ -6,6 +6,7 @@ what would be right.
 
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,16 +58,14 @@ def require_writable(folder: str | Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"config.yaml: results = {folder}: {existing} is a file. Name a folder.")
+        raise UserError(f"results = {folder}: {existing} is a file. Name a folder.")
     probe = existing / f".writable.{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(
-            f"config.yaml: results = {folder}: cannot write to {existing} ({reason}). Name a writable folder."
-        ) from None
+        raise UserError(f"results = {folder}: cannot write to {existing} ({reason}). Name a writable folder.") from None
 
 
 def write_stage_settings(config: Config, folder: str | Path) -> None:
@@ -197,7 +196,7 @@ def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
     """One line for one of pydantic's errors."""
     path = tuple(str(part) for part in error["loc"])
     key, value, kind, context = ".".join(path), error["input"], error["type"], error.get("ctx", {})
-    where = f"{_origin(path, sources)}: {key}"
+    where = f"{_origin(path, sources, given=kind != 'missing')}: {key}"
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
         similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
@@ -233,15 +232,24 @@ def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
     return f"{shown}: {types.get(kind, error['msg'])}"
 
 
-def _origin(path: tuple[str, ...], sources: list[tuple[str, Any]]) -> str:
-    """The file, last in rank, that sets the key or the closest thing around it."""
+def name_origin(message: str, files: Iterable[str | Path]) -> str:
+    """A message that begins with `key = value`, with the file that sets the key before it."""
+    found = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*) = ", message)
+    if not found:
+        return message
+    return f"{_origin(tuple(found[1].split('.')), [(_shown(path), _read_yaml(path)) for path in files])}: {message}"
+
+
+def _origin(path: tuple[str, ...], sources: list[tuple[str, Any]], given: bool = False) -> str:
+    """The file, last in rank, that sets the key. A key that none sets was `given` on the command line, or is a default:
+    then the file that sets the closest thing around it."""
     for length in range(len(path), 0, -1):
         for name, content in reversed(sources):
             if _holds(content, path[:length]):
                 return name
-        if length == len(path) and sources and not any(_holds(content, path[:1]) for _, content in sources):
-            return COMMAND_LINE
-    return sources[0][0] if sources else COMMAND_LINE
+        if given:
+            break
+    return COMMAND_LINE if given or not sources else sources[0][0]
 
 
 def _holds(content: Any, path: tuple[str, ...]) -> bool:

@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
-
 from nanochat.check import check
 from nanochat.config import TRAINED_STAGES
 from nanochat.config_files import load, write_stage_settings
@@ -18,22 +16,24 @@ from snakemake_executor_plugin_submitit.stale_lock import (
 # The commands of this environment come first, whether it is activated or not.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
 
+# Snakemake lists config.yaml last although everything else overlays it.
+files = sorted(workflow.configfiles, key=lambda path: str(path) != "config.yaml")
+
 try:
-    # Snakemake lists config.yaml last although everything else overlays it.
-    run = load(
-        config,
-        sorted(workflow.configfiles, key=lambda path: str(path) != "config.yaml"),
-    )
+    run = load(config, files)
     # Jobs find the files that the driver wrote; they neither check the corpus again nor touch the files.
     if workflow.is_main_process:
-        check(run)
+        check(run, files)
         write_stage_settings(run, f"{run.results}/config")
-        if not workflow.dryrun:
-            gone = remove_stale_lock()
-            if gone:
-                logger.info(f"The driver with process id {gone} was killed; its lock is removed.")
 except UserError as error:
-    raise WorkflowError(error)
+    # A WorkflowError would wrap the message in places of this file.
+    logger.error(str(error))
+    sys.exit(2)
+
+if workflow.is_main_process and not workflow.dryrun:
+    killed = remove_stale_lock()
+    if killed:
+        logger.info(f"The driver with process id {killed} was killed; its lock is removed.")
 
 
 wildcard_constraints:
