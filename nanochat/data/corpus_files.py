@@ -110,6 +110,19 @@ class Corpus:
         for shard in self.split(split):
             yield from self.shard_documents(shard)
 
+    def excerpt(self, split: str, limit_bytes: int, from_shards: int = 8) -> Iterator[Document]:
+        """Documents of about `limit_bytes` in all, the first ones of shards spread over the corpus; all when there is no more."""
+        shards = self.split(split)
+        if self.text_bytes(split) > limit_bytes:
+            shards = shards[:: max(1, len(shards) // from_shards)]
+        for shard in shards:
+            left = limit_bytes / len(shards) if self.text_bytes(split) > limit_bytes else float("inf")
+            for document in self.shard_documents(shard):
+                left -= len(document.text.encode())
+                yield document
+                if left <= 0:
+                    break
+
 
 def read_shard(path: Path) -> Iterator[Document]:
     """The documents of a shard that this package wrote."""

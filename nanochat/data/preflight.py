@@ -4,10 +4,12 @@ Runs at each call of the workflow, so it looks at as little as decides: footers,
 ones in samples, and only so much text as shows that there is enough.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 from nanochat import config
+from nanochat.data.conversation_sources import read_jsonl
 from nanochat.data.corpus import local_pieces, share_of, text_column
 from nanochat.data.text_files import Document, Piece, documents
 from nanochat.data.tokenizer import Tokenizer
@@ -28,12 +30,20 @@ BYTES_PER_TOKEN = 16
 def preflight(settings: config.Config) -> None:
     """Raise UserError for text that is missing, damaged or too little for the settings."""
     corpus = settings.corpus
+    for stage in (settings.train.mid, settings.train.sft):
+        for source in stage.mixture:
+            if source.name == "jsonl" and not (source.path and _big(source.path)):
+                read_jsonl(source.path)
     if corpus.source == "huggingface":
         return  # Nothing is here yet, and the network may be closed on this machine.
     pieces = local_pieces(corpus)
     if corpus.source == "directory":
         _scan(pieces, corpus.text_column)
     _require_enough(settings, pieces)
+
+
+def _big(path: str) -> bool:
+    return os.path.exists(path) and os.path.getsize(path) > SCAN_BYTES
 
 
 def _scan(pieces: list[Piece], column: str) -> None:
