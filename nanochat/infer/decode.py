@@ -93,7 +93,12 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache, rows: Rows, graphs: bool, compile: bool = False):
         """compile: fuse the step's kernels with torch.compile, one compilation for each (rows, length)."""
         self.model, self.cache, self.rows, self.graphs = model, cache, rows, graphs
-        self.step = torch.compile(decode_step, dynamic=False) if compile else decode_step
+        self.step = decode_step
+        if compile:
+            # Each (rows, length) is a shape of its own; beyond 8 of them the compiler would silently give up.
+            torch._dynamo.config.recompile_limit = 256
+            torch._dynamo.config.accumulated_recompile_limit = 1024
+            self.step = torch.compile(decode_step, dynamic=False)
         self.captured: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
 

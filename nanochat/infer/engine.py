@@ -67,16 +67,19 @@ class Engine:
         length: int | None = None,
         graphs: bool | None = None,
         compile: bool = False,
+        shortest_bucket: int = 64,
     ):
         """Allocate all the memory that the engine will hold.
 
         length   positions of a row, prompt and new tokens together; None: the model's training length
         graphs   replay captured steps; None: on a GPU
         compile  fuse the kernels of a step; one compilation for each shape, which pays for long runs only
+        shortest_bucket  positions that a step reads at least; the buckets double from there to `length`
         Raises UserError when that many rows do not fit.
         """
         self.model, self.tokenizer = model.eval(), tokenizer
         self.rows, self.length = rows, length or model.config.sequence_length
+        self.shortest_bucket = shortest_bucket
         device = model.device
         if self.length > model.cos.size(0):
             raise UserError(
@@ -199,7 +202,8 @@ class Engine:
         steps = min(burst, max(job.remaining for job in jobs))
         reach = max(job.position + min(steps, job.remaining) for job in jobs)
         rows = self._row_bucket(max(slots) + 1)
-        self.decoder.run(steps, rows, bucket(reach, self.length), *self._variant(jobs))
+        length = bucket(reach, self.length, self.shortest_bucket)
+        self.decoder.run(steps, rows, length, *self._variant(jobs))
         drawn = self.state.drawn[:rows, :steps].tolist()  # the burst's one wait for the device
         return {slot: drawn[slot] for slot in slots}
 

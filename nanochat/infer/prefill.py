@@ -13,9 +13,9 @@ from nanochat.model.gpt import GPT
 SHORTEST_PREFIX = 16  # tokens; a shorter common prefix costs more to copy than to compute
 
 
-def bucket(length: int, longest: int) -> int:
-    """The smallest of 64, 128, 256, ... that holds `length` positions, at most `longest`."""
-    size = 64
+def bucket(length: int, longest: int, shortest: int = 64) -> int:
+    """The smallest of 64, 128, 256, ... (or doubling from `shortest`) that holds `length` positions, at most `longest`."""
+    size = shortest
     while size < length:
         size *= 2
     return min(size, longest)

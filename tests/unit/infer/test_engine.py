@@ -2,12 +2,13 @@ import random
 
 import pytest
 import torch
-from infer_models import VOCAB, recomputed, tiny_model
 
 from nanochat.errors import UserError
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.model.attention import KVCache
+
+VOCAB = 97  # of the tiny model
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -15,7 +16,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_greedy_decode_equals_recompute(kv_heads):
+def test_greedy_decode_equals_recompute(kv_heads, tiny_model, recomputed):
     """Token for token, for prompts that begin before, at and behind the edges of the length buckets."""
     model = tiny_model(seed=kv_heads, kv_heads=kv_heads)
     requests = [Request(prompt(n, seed=n), 12) for n in (1, 2, 31, 55, 63, 64, 65, 120, 127, 128, 129, 148)]
@@ -25,12 +26,12 @@ def test_greedy_decode_equals_recompute(kv_heads):
         assert completion.stop_reason == "length"
 
 
-def test_decode_to_the_last_position_equals_recompute(model):
+def test_decode_to_the_last_position_equals_recompute(model, recomputed):
     request = Request(prompt(3), 157)
     assert Engine(model, rows=2).generate([request])[0].ids == recomputed(model, request.prompt, 157)
 
 
-def test_a_shared_prefix_is_computed_once_and_changes_nothing(model):
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(model, recomputed):
     shared = prompt(70)
     requests = [Request(shared + prompt(n, seed=n), 6) for n in (1, 5, 30)]
     engine = Engine(model, rows=3)
@@ -39,7 +40,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(model):
     assert [c.ids for c in completions] == [recomputed(model, r.prompt, 6) for r in requests]
 
 
-def test_a_long_prompt_is_prefilled_in_pieces(model):
+def test_a_long_prompt_is_prefilled_in_pieces(model, recomputed):
     engine = Engine(model, rows=1)
     engine.prefill.tokens = 16
     request = Request(prompt(100), 5)
@@ -66,7 +67,7 @@ def test_an_engine_used_before_gives_the_same(model):
     assert engine.generate([request])[0].ids == first
 
 
-def test_a_stream_left_half_way_leaves_the_engine_usable(model):
+def test_a_stream_left_half_way_leaves_the_engine_usable(model, recomputed):
     engine, request = Engine(model, rows=2), Request(prompt(9), 20)
     stream = engine.stream(request)
     first = [next(stream) for _ in range(3)]
@@ -75,7 +76,7 @@ def test_a_stream_left_half_way_leaves_the_engine_usable(model):
     assert list(engine.stream(request)) == recomputed(model, request.prompt, 20)
 
 
-def test_generation_ends_before_a_stop_token(model):
+def test_generation_ends_before_a_stop_token(model, recomputed):
     whole = recomputed(model, prompt(8), 30)
     stop = whole[11]
     expected = whole[: whole.index(stop)]
@@ -98,7 +99,7 @@ def test_seeds_reproduce_and_samples_differ(model):
     assert len({tuple(c.ids) for c in first}) == 8
 
 
-def test_bad_requests_get_an_error_and_the_others_go_on(model):
+def test_bad_requests_get_an_error_and_the_others_go_on(model, recomputed):
     good = Request(prompt(10), 8)
     bad = {
         "prompt: empty": Request([], 5),

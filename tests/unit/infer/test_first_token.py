@@ -1,6 +1,6 @@
 """The study's "token broadcasting" bug: several samples of one prompt must draw their first token independently."""
 
-from infer_models import tiny_model
+import pytest
 
 from nanochat.benchmark.chi_squared import chi_squared
 from nanochat.benchmark.first_token import (
@@ -13,7 +13,8 @@ from nanochat.infer.engine import Engine
 PROMPT = [3, 14, 15, 92, 65]
 
 
-def mild_model():
+@pytest.fixture
+def mild_model(tiny_model):
     """A model whose next token is open: its head is scaled down."""
     model = tiny_model(seed=4)
     model.head.data *= 0.3
@@ -25,8 +26,8 @@ def follows_the_model(draws, probabilities) -> bool:
     return chi_squared(draws, probabilities).p_value > 1e-3
 
 
-def test_first_tokens_of_many_samples_follow_the_distribution():
-    model = mild_model()
+def test_first_tokens_of_many_samples_follow_the_distribution(mild_model):
+    model = mild_model
     expected = distribution(model, PROMPT)
     for seed in range(3):
         draws = engine_first_tokens(Engine(model, rows=64), PROMPT, 3000, seed)
@@ -34,8 +35,8 @@ def test_first_tokens_of_many_samples_follow_the_distribution():
         assert draws.unique().numel() > 20
 
 
-def test_the_check_fails_when_one_first_token_is_copied_to_all_rows():
-    model = mild_model()
+def test_the_check_fails_when_one_first_token_is_copied_to_all_rows(mild_model):
+    model = mild_model
     expected = distribution(model, PROMPT)
     for seed in range(3):
         draws = broadcast_first_tokens(model, PROMPT, 3000, seed)

@@ -1,0 +1,206 @@
+"""Before/after measurements on this machine.
+
+training     a training step as the study did it, then with each thing added that the trainer does
+kv_cache     decoding with and without a cache of keys and values, over batch sizes
+first_token  do several samples of one prompt draw their first token independently?
+
+Reads  --config, --plan, --model, --tokenizer, --conversations, each of them optional: without settings the study's shape (on a
+       CPU a tiny one), without a model random weights, without conversations random tokens of usual lengths
+Writes --out/NAME.json
+
+Needs torch, numpy, pydantic, safetensors and tiktoken, so that it runs on a bare GPU node: `python -m nanochat benchmark
+training --out DIR`.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanochat import hardware
+from nanochat.benchmark import first_token, kv_cache, roofline, training
+from nanochat.config import Benchmark, BenchmarkSettings, Model
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import UserError
+from nanochat.files import read_json, read_settings, write_json
+from nanochat.infer.engine import Engine
+from nanochat.model.files import load_model
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.progress import say
+from nanochat.version import commit
+
+NAMES = ("training", "kv_cache", "first_token")
+FIRST_TOKEN_PROMPT = "The state of our Union is"
+FIRST_TOKEN_SAMPLES = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=NAMES, help="which measurement")
+    parser.add_argument(
+        "--config", help="settings of this stage (JSON); default: the study's shape, on a CPU a tiny one"
+    )
+    parser.add_argument("--plan", help="batch-size plan whose device_batch_size is used; default: found by doubling")
+    parser.add_argument("--model", help="folder of a trained stage; default: random weights")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer stage")
+    parser.add_argument(
+        "--conversations", help="folder of encoded conversations; default: random ones of usual lengths"
+    )
+    parser.add_argument("--out", required=True, help="folder to write to")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = hardware.pick_device(None)
+    if arguments.config:
+        settings = read_settings(arguments.config, BenchmarkSettings)
+        device = hardware.pick_device(min(settings.benchmark.gpus, 1))
+    else:
+        settings = default_settings(device)
+    started = time.monotonic()
+    compile = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    notes: list[str] = []
+    if compile and (reason := compiler_fails(device)):
+        compile = False
+        notes.append(f"not compiled: {reason}")
+    measurement = {"training": run_training, "kv_cache": run_kv_cache, "first_token": run_first_token}[arguments.name]
+    torch.manual_seed(settings.seed)
+    rows, facts = measurement(settings, device, compile, arguments)
+    write_json(
+        Path(arguments.out) / f"{arguments.name}.json",
+        {
+            "name": arguments.name,
+            "device": hardware.device_name(device),
+            "gpus": 1 if device.type == "cuda" else 0,
+            "torch": torch.__version__,
+            "commit": commit(),
+            "command": "nanochat " + " ".join(sys.argv[1:]),
+            "dtype": str(hardware.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
+            "seconds": time.monotonic() - started,
+            "notes": notes,
+            **facts,
+            "rows": rows,
+        },
+    )
+    say(f"benchmark {arguments.name}", f"wrote {Path(arguments.out) / f'{arguments.name}.json'}")
+
+
+def run_training(
+    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+) -> tuple[list[dict], dict]:
+    """Rows and facts of training.json."""
+    if arguments.conversations:
+        conversations, pad_id = training.load_conversations(arguments.conversations)
+    else:
+        conversations, pad_id = (
+            training.synthetic_conversations(settings.vocab_size, settings.sequence_length, settings.seed),
+            0,
+        )
+    plan = None
+    if arguments.plan:
+        plan = read_json(arguments.plan).get("device_batch_size")
+        if not isinstance(plan, int) or plan < 1:
+            raise UserError(f"{arguments.plan}: device_batch_size = {plan}: must be 1 or more. Run its stage again.")
+    model = training_model(settings, device, arguments)
+    rows = training.measure(
+        model, conversations, settings.sequence_length, settings.benchmark.steps, plan, compile, pad_id
+    )
+    return rows, {"conversations": arguments.conversations or "random tokens of usual lengths"}
+
+
+def run_kv_cache(
+    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+) -> tuple[list[dict], dict]:
+    """Rows and facts of kv_cache.json."""
+    own = settings.benchmark
+    model = decoding_model(settings, device, arguments)
+    reach = model.cos.size(0)
+    if own.prompt_tokens + own.new_tokens > reach:
+        raise UserError(
+            f"benchmark.prompt_tokens + benchmark.new_tokens = {own.prompt_tokens + own.new_tokens}: "
+            f"longer than the {reach} positions of the model."
+        )
+    generator = random.Random(settings.seed)
+    prompts = [
+        generator.choices(range(model.config.vocab_size), k=own.prompt_tokens) for _ in range(max(own.batch_sizes))
+    ]
+    rates = roofline.measure_rates(device, model.compute_dtype)
+    facts = {
+        "prompt_tokens": own.prompt_tokens,
+        "new_tokens": own.new_tokens,
+        "copy_bytes_per_second": rates.copy_bytes_per_second,
+        "matmul_flops_per_second": rates.matmul_flops_per_second,
+        "weight_bytes": roofline.weight_bytes(model),
+    }
+    return kv_cache.measure(model, own, prompts, rates, compile), facts
+
+
+def run_first_token(
+    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+) -> tuple[list[dict], dict]:
+    """Rows and facts of first_token.json."""
+    model = decoding_model(settings, device, arguments)
+    if arguments.tokenizer:
+        tokenizer = Tokenizer.load(arguments.tokenizer)
+        prompt = [tokenizer.bos_id, *tokenizer.encode(FIRST_TOKEN_PROMPT)]
+    else:
+        prompt = random.Random(settings.seed).choices(range(model.config.vocab_size), k=16)
+    engine = Engine(model, rows=256, length=len(prompt) + 16)
+    rows = first_token.measure(engine, prompt, FIRST_TOKEN_SAMPLES, settings.seed)
+    say("benchmark first_token", ", ".join(f"{row['case']}: p = {row['p_value']:.3g}" for row in rows))
+    return rows, {"prompt": FIRST_TOKEN_PROMPT if arguments.tokenizer else "random tokens"}
+
+
+def default_settings(device: torch.device) -> BenchmarkSettings:
+    """The study's shape, 12 x 768 with 12 heads; on a CPU a tiny model that takes seconds."""
+    common = {"seed": 1337, "dtype": "auto", "compile": "auto"}
+    if device.type == "cuda":
+        model, vocab_size, length, own = Model(depth=12, head_dim=64), 65_536, 512, Benchmark()
+    else:
+        model, vocab_size, length = Model(depth=4, head_dim=32, width=128), 4096, 256
+        own = Benchmark(steps=5, batch_sizes=[1, 4, 16], new_tokens=50)
+    return BenchmarkSettings(model=model, vocab_size=vocab_size, sequence_length=length, benchmark=own, **common)
+
+
+def training_model(settings: BenchmarkSettings, device: torch.device, arguments: argparse.Namespace) -> GPT:
+    """Float32 weights, products in the settings' dtype."""
+    if arguments.model:
+        model = load_model(arguments.model, device, sequence_length=settings.sequence_length)
+    else:
+        model = random_model(settings).to(device)
+    model.compute_dtype = hardware.resolve_dtype(settings.dtype, device)
+    return model
+
+
+def decoding_model(settings: BenchmarkSettings, device: torch.device, arguments: argparse.Namespace) -> GPT:
+    """Weights in the dtype of the products."""
+    dtype = hardware.resolve_dtype(settings.dtype, device)
+    if arguments.model:
+        return load_model(arguments.model, device, dtype).eval()
+    model = random_model(settings)
+    model.compute_dtype = dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=dtype)
+        parameter.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def random_model(settings: BenchmarkSettings) -> GPT:
+    """Random weights in every matrix: with the real start all blocks add nothing and all tokens are equally probable."""
+    model = GPT(GPTConfig.from_settings(settings.model, settings.vocab_size, settings.sequence_length))
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = {"embedding": 1.0, "head": 3 * model.config.width**-0.5}.get(name, parameter.size(1) ** -0.5)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
+    return model
+
+
+def compiler_fails(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, or None when it does."""
+    try:
+        torch.compile(lambda x: (x * 2 + 1).sin())(torch.ones(8, device=device))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    return None
