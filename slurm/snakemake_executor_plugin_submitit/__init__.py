@@ -82,7 +82,7 @@ class Executor(RemoteExecutor):
 
         settings = self.workflow.executor_settings or ExecutorSettings()
         try:
-            self.driver = Driver(settings, self.logger, dict(self.envvars()))
+            self.driver = Driver(settings, self.logger, dict(self.envvars()), self.workflow.resource_settings.cores)
             self.driver.check(list(self.workflow.dag.needrun_jobs()))
         except ValueError as error:
             self.wait = False  # ends the polling thread; nothing was submitted

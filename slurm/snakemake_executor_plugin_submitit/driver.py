@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import exits, ledger, resources, work
+from . import doctor, exits, ledger, resources, work
 from .failures import Decision, decide
 from .job import Allocation, newest_step
 from .progress import Progress
@@ -34,14 +34,14 @@ class Outcome:
 
 
 class Driver:
-    def __init__(self, settings, logger, environment: dict[str, str]):
+    def __init__(self, settings, logger, environment: dict[str, str], cores: int | None = None):
         self.settings = settings
         self.logger = logger
         self.environment = environment
         self.folder = Path(settings.folder).absolute()
         self.ledger = Path(settings.ledger).absolute() if settings.ledger else self.folder / "ledger.jsonl"
         self.workdir = os.getcwd()
-        self.cluster = self._cluster()
+        self.cluster = self._cluster(min(cores or os.cpu_count(), os.cpu_count()))
         self.poll_seconds = settings.poll_seconds or (0.25 if self.cluster.name == "local" else 10.0)
         self.progress = Progress(settings.progress == "on")
         self.progress.install(logger)
@@ -53,11 +53,11 @@ class Driver:
         self._lock = threading.RLock()
         self._recover()
 
-    def _cluster(self):
+    def _cluster(self, cores: int):
         if self.settings.cluster == "local":
             from .local import LocalCluster
 
-            return LocalCluster(self.settings.gpus, self.settings.grace_seconds)
+            return LocalCluster(self.settings.gpus, cores, self.settings.grace_seconds)
         if self.settings.cluster == "slurm":
             from .slurm import SlurmCluster
 
@@ -66,14 +66,21 @@ class Driver:
 
     def check(self, jobs: list) -> None:
         """Raises ValueError naming every job that can never run as it is asked for. Nothing is submitted then."""
-        problems = {}
+        problems, requests = {}, {}
         for job in jobs:
             if job.is_group() or job.is_local:
                 continue
             try:
-                self.cluster.check(work.rule_of(job), self._request(job))
+                request = requests[work.rule_of(job)] = self._request(job)
+                self.cluster.check(work.rule_of(job), request)
             except ValueError as error:
                 problems[str(error)] = None
+        if not problems and self.cluster.name == "slurm" and self.settings.doctor == "on":
+            for finding in doctor.examine(doctor.Cluster.ask(), requests, self.folder):
+                if finding.level == doctor.FATAL:
+                    problems[str(finding)] = None
+                elif finding.level == doctor.WARNING:
+                    self.logger.info(str(finding))
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -115,6 +122,7 @@ class Driver:
             token_file=str(submission.token_file),
             log=str(Path(submission.log).absolute()) if submission.log else None,
             gpus=request.gpus_per_node,
+            cpus=request.cpus,
             cluster=self.cluster.name,
             environment={**self.environment, **(reason or {})},
         )
@@ -180,7 +188,7 @@ class Driver:
         step = status.get("step") or newest_step(submission.log)
         further = step is not None and (submission.step is None or step > submission.step)
         kind = status.get("kind") or ("host_out_of_memory" if _out_of_memory(submission.folder) else None)
-        reason = submission.record["reason"]
+        reason = seen.reason
         decision = decide(seen.state, kind, status.get("exit_code"), further, submission.resubmitted, reason)
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")

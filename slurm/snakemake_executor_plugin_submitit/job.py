@@ -3,7 +3,7 @@
 submitit starts an `Allocation` there. It runs the command (an inner Snakemake that runs one rule) as a child in its own
 session and tells the driver about it in a status file, because the inner Snakemake always exits 1:
 
-    state       waiting (for a GPU), running, ended
+    state       waiting (for a GPU or a CPU), running, ended
     pid, host, gpus, gpu_type, token, restart
     started, ended     unix seconds; `started` is when the command started, not when the wait for a GPU did
     exit_code, kind    of the rule's own command, see exits.py
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import psutil
 
-from . import exits, gpus
+from . import exits, slots
 
 LOOK_SECONDS = (
     5.0  # between looks at the token: what two writers can overlap at most, for a command that does not look itself
@@ -82,9 +82,9 @@ class Allocation:
     folder         where this submission keeps its files
     token_file     newest token of this work (rule and wildcards), whichever submission it belongs to
     log            the rule's log file, read for its newest step
-    gpus           asked for on this node
+    gpus, cpus     asked for on this node
     cluster        "slurm" or "local"
-    visible_gpus   local: what may be handed out; None leaves CUDA_VISIBLE_DEVICES as the driver had it
+    visible_gpus, cpu_slots   local: what may be handed out
     grace_seconds  local: between the request to stop and SIGKILL
     """
 
@@ -94,9 +94,11 @@ class Allocation:
     token_file: str
     log: str | None = None
     gpus: int = 0
+    cpus: int = 1
     cluster: str = "local"
     job_id: str = ""
-    visible_gpus: list[str] | None = None
+    visible_gpus: list[str] = field(default_factory=list)
+    cpu_slots: list[str] = field(default_factory=list)
     original_cuda_visible_devices: str | None = None
     grace_seconds: float = 10.0
     environment: dict[str, str] = field(default_factory=dict)
@@ -120,7 +122,10 @@ class Allocation:
                 self._run(status, signals)
         else:
             try:
-                with gpus.held(self.gpus, self.visible_gpus or [], signals.pause) as status.gpus:
+                with (
+                    slots.held(self.gpus, self.visible_gpus, slots.gpu_folder(), signals.pause) as status.gpus,
+                    slots.held(min(self.cpus, len(self.cpu_slots)), self.cpu_slots, self._cpu_folder, signals.pause),
+                ):
                     self._run(status, signals)
             except GivenUp:
                 self._end(status, 128 + signal.SIGTERM, "cancelled")
@@ -129,6 +134,10 @@ class Allocation:
                 status.exit_code
             )  # no exception: the driver reads the status, sacct shows the true exit code
         return asdict(status)
+
+    @property
+    def _cpu_folder(self) -> Path:
+        return Path(self.token_file).parent.parent / "cpu-slots"
 
     def _run(self, status: Status, signals: "Signals") -> None:
         """Run the command to its end and, on SLURM, bring about the requeue that follows a checkpoint."""

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 
-from . import exits, gpus
+from . import exits, slots
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _gpus_here(asked: int | None, nodes: int) -> int:
     """Ranks of this node. Ends the program when it shows fewer GPUs than `asked` over all nodes."""
-    here = len(gpus.visible())
+    here = len(slots.visible_gpus())
     if asked is None:
         # Without an allocation that hands out GPUs, taking all of a shared machine's would be rude: one rank.
         return here if os.environ.get("SLURM_JOB_ID") and _allocated_gpus() else 1

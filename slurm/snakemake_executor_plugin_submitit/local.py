@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import submitit
 
-from . import exits, gpus
+from . import exits, slots
 from .job import Allocation
 from .resources import Request
 from .status import Observation
@@ -23,8 +23,11 @@ class LocalCluster:
 
     name = "local"
 
-    def __init__(self, gpu_list: str, grace_seconds: float):
-        self.gpus = gpus.visible() if gpu_list == "all" else [gpu.strip() for gpu in gpu_list.split(",") if gpu.strip()]
+    def __init__(self, gpu_list: str, cores: int, grace_seconds: float):
+        self.gpus = (
+            slots.visible_gpus() if gpu_list == "all" else [gpu.strip() for gpu in gpu_list.split(",") if gpu.strip()]
+        )
+        self.cores = cores
         self.grace_seconds = grace_seconds
         self._controllers: dict[str, submitit.Job] = {}
 
@@ -43,6 +46,7 @@ class LocalCluster:
     def submit(self, allocation: Allocation, submission: Submission) -> None:
         submission.record["job_id"] = allocation.job_id = submission.folder.name
         allocation.visible_gpus = self.gpus
+        allocation.cpu_slots = [f"cpu-{core}" for core in range(self.cores)]
         allocation.original_cuda_visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         allocation.grace_seconds = self.grace_seconds
         executor = submitit.LocalExecutor(folder=submission.folder)
@@ -71,7 +75,7 @@ class LocalCluster:
             seen.state = "RUNNING"
         else:
             seen.state = "PENDING"
-            seen.reason = "waiting for a free GPU" if submission.request.gpus else None
+            seen.reason = "for a free GPU or CPU" if status else None
         return seen
 
     def _alive(self, submission: Submission) -> bool:

@@ -1,0 +1,353 @@
+"""Checks of a cluster before anything is queued on it: `nanochat doctor --profile profiles/artemis`.
+
+`examine` compares requests with what SLURM says of itself. It runs before a run's first submission too; nothing is queued if a
+finding is fatal. Only the command line also sends a small job, to see whether a node can write the shared folder.
+"""
+
+import argparse
+import getpass
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import resources
+from .resources import Request
+
+FATAL, WARNING, OK = "fatal", "warning", "ok"
+NETWORKLESS = {"tmpfs", "ramfs", "overlay"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str
+    what: str
+    change: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.change}" if self.change else self.what
+
+
+@dataclass
+class Cluster:
+    """What SLURM says of itself; a part that could not be asked is empty."""
+
+    config: dict[str, str]
+    partitions: dict[str, dict[str, str]]
+    gres: dict[str, str]  # partition -> gres of its nodes, "gpu:a100:4"
+    accounts: set[str]
+    qos: set[str]
+    qos_walltime: dict[str, str]
+
+    @classmethod
+    def ask(cls) -> "Cluster":
+        """Raises ValueError when slurmctld cannot be asked at all."""
+        config = {}
+        for line in _run("scontrol", "show", "config").splitlines():
+            key, found, value = line.partition("=")
+            if found:
+                config[key.strip()] = value.strip()
+        if not config:
+            raise ValueError(
+                "SLURM does not answer: `scontrol show config` failed. Is this a login node of the cluster?"
+            )
+        partitions = {}
+        for line in _run("scontrol", "show", "partition", "--oneliner").splitlines():
+            fields = dict(item.split("=", 1) for item in line.split() if "=" in item)
+            partitions[fields.get("PartitionName", "")] = fields
+        gres: dict[str, str] = {}
+        for line in _run("sinfo", "--noheader", "-o", "%R|%G").splitlines():
+            name, _, value = line.partition("|")
+            gres[name] = ",".join(filter(None, [gres.get(name), value]))
+        associations = _run("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos")
+        rows = [line.split("|") for line in associations.splitlines() if "|" in line]
+        walltimes = [
+            line.split("|") for line in _run("sacctmgr", "-nP", "show", "qos", "format=name,maxwall").splitlines()
+        ]
+        return cls(
+            config,
+            partitions,
+            gres,
+            {row[0] for row in rows if row[0]},
+            {qos for row in rows for qos in row[1].split(",") if qos},
+            {row[0]: row[1] for row in walltimes if len(row) > 1 and row[1]},
+        )
+
+    @property
+    def default_partition(self) -> str | None:
+        return next((name for name, fields in self.partitions.items() if fields.get("Default") == "YES"), None)
+
+
+def examine(cluster: Cluster, requests: dict[str, Request], folder: Path | None = None) -> list[Finding]:
+    """Findings about these requests (by rule), each named once, fatal ones first."""
+    findings: list[Finding] = []
+    for rule, request in requests.items():
+        findings += _request(cluster, rule, request)
+    if any(request.gpus for request in requests.values()) and "gres/gpu" not in cluster.config.get(
+        "AccountingStorageTRES", ""
+    ):
+        findings.append(
+            Finding(
+                WARNING,
+                "the cluster does not account for GPUs (AccountingStorageTRES lacks gres/gpu)",
+                "GPU-hours come from this run's own ledger; `sacct` cannot confirm them",
+            )
+        )
+    findings += _preemption(cluster, requests)
+    if not cluster.config.get("AccountingStorageType", "").startswith("accounting_storage/slurmdbd"):
+        findings.append(Finding(WARNING, "there is no slurmdbd", "states come from squeue and the jobs' own files"))
+    if folder:
+        findings += _folder(folder)
+    order = {FATAL: 0, WARNING: 1, OK: 2}
+    return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
+
+
+def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
+    name = request.partition or cluster.default_partition
+    if name is None:
+        return [Finding(FATAL, f"rule {rule}: no slurm_partition", f"there is no default one; take {_names(cluster)}")]
+    partition = cluster.partitions.get(name)
+    if partition is None:
+        return [
+            Finding(FATAL, f"rule {rule}: slurm_partition = {name}: no such partition", f"there are {_names(cluster)}")
+        ]
+    found = []
+    if partition.get("State") != "UP":
+        found.append(Finding(FATAL, f"partition {name} is {partition.get('State')}", f"there are {_names(cluster)}"))
+    limit = minutes(partition.get("MaxTime"))
+    if request.runtime_minutes and limit and request.runtime_minutes > limit:
+        found.append(
+            Finding(
+                FATAL,
+                f"rule {rule}: runtime = {request.runtime_minutes} min is over the {limit} min of partition {name}",
+                f"set runtime to {limit}; a training goes on after each walltime",
+            )
+        )
+    if request.runtime_minutes is None and not minutes(partition.get("DefaultTime")):
+        found.append(
+            Finding(WARNING, f"rule {rule}: no runtime", f"partition {name} has no default; submitit asks for 5 min")
+        )
+    nodes = partition.get("MaxNodes", "")
+    if nodes.isdigit() and request.nodes > int(nodes):
+        found.append(Finding(FATAL, f"rule {rule}: nodes = {request.nodes}", f"partition {name} allows {nodes}"))
+    found += _gpus(cluster, rule, request, name)
+    found += _account(cluster, rule, request, partition, name)
+    return found
+
+
+def _gpus(cluster: Cluster, rule: str, request: Request, name: str) -> list[Finding]:
+    offered = cluster.gres.get(name, "")
+    counts = [int(match) for match in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", offered)]
+    models = set(re.findall(r"gpu:([A-Za-z][\w.-]*):\d+", offered))
+    found = []
+    if request.gpus and not counts:
+        found.append(
+            Finding(FATAL, f"rule {rule}: gpu = {request.gpus}: partition {name} has no GPUs", "use another one")
+        )
+    elif request.gpus_per_node > max(counts, default=0):
+        found.append(
+            Finding(
+                FATAL,
+                f"rule {rule}: gpu = {request.gpus} on {request.nodes} node(s): partition {name} has {max(counts)} a node",
+                f"set nodes = {-(-request.gpus // max(counts))} or fewer GPUs",
+            )
+        )
+    if request.gpu_model and models and request.gpu_model not in models:
+        have = ", ".join(sorted(models))
+        found.append(
+            Finding(FATAL, f"rule {rule}: gpu_model = {request.gpu_model}: partition {name} has {have}", f"use {have}")
+        )
+    if not request.gpus and counts and not any(not cluster.gres.get(other, "").count("gpu") for other in cluster.gres):
+        return found  # there is no partition without GPUs to send it to
+    if not request.gpus and counts:
+        found.append(Finding(WARNING, f"rule {rule} needs no GPU but runs on partition {name}", "use a CPU partition"))
+    return found
+
+
+def _account(cluster: Cluster, rule: str, request: Request, partition: dict, name: str) -> list[Finding]:
+    found = []
+    enforced = "associations" in cluster.config.get("AccountingStorageEnforce", "")
+    if request.account and cluster.accounts and request.account not in cluster.accounts:
+        yours = ", ".join(sorted(cluster.accounts))
+        level = FATAL if enforced else WARNING
+        found.append(Finding(level, f"rule {rule}: slurm_account = {request.account} is not yours", f"yours: {yours}"))
+    allowed = partition.get("AllowAccounts", "ALL")
+    if request.account and allowed != "ALL" and request.account not in allowed.split(","):
+        found.append(
+            Finding(FATAL, f"rule {rule}: partition {name} does not take {request.account}", f"it takes {allowed}")
+        )
+    if request.qos and cluster.qos and request.qos not in cluster.qos:
+        yours = ", ".join(sorted(cluster.qos))
+        found.append(Finding(FATAL, f"rule {rule}: qos = {request.qos} is not yours", f"yours: {yours}"))
+    limit = minutes(cluster.qos_walltime.get(request.qos or ""))
+    if limit and request.runtime_minutes and request.runtime_minutes > limit:
+        found.append(
+            Finding(
+                FATAL, f"rule {rule}: runtime = {request.runtime_minutes} min", f"qos {request.qos} allows {limit} min"
+            )
+        )
+    return found
+
+
+def _preemption(cluster: Cluster, requests: dict[str, Request]) -> list[Finding]:
+    found = []
+    for name in dict.fromkeys(request.partition or cluster.default_partition for request in requests.values()):
+        mode = cluster.partitions.get(name or "", {}).get("PreemptMode", "OFF")
+        if "CANCEL" in mode:
+            found.append(
+                Finding(
+                    WARNING,
+                    f"partition {name}: PreemptMode={mode}",
+                    "preempted jobs are submitted anew, after 5 minutes",
+                )
+            )
+        elif "SUSPEND" in mode or "GANG" in mode:
+            found.append(
+                Finding(WARNING, f"partition {name}: PreemptMode={mode}", "preempted jobs stand still, without loss")
+            )
+    if cluster.config.get("JobRequeue") == "0":
+        found.append(Finding(OK, "JobRequeue=0", "the plugin asks for --requeue itself"))
+    return found
+
+
+def _folder(folder: Path) -> list[Finding]:
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True)
+    kind = done.stdout.strip()
+    if kind in NETWORKLESS:
+        return [
+            Finding(WARNING, f"{folder} is on {kind}", "on more than one host it must be a folder that all nodes share")
+        ]
+    return []
+
+
+def probe_folder(folder: Path, request: Request, seconds: int = 20) -> Finding:
+    """Whether a node can write `folder`: a job of one CPU that writes a file. Not fatal when none starts within `seconds`."""
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as shared:
+        wanted = Path(shared) / "written-by-a-node"
+        options = [
+            f"--immediate={seconds}",
+            "--ntasks=1",
+            "--time=1",
+            "--mem=100",
+            "--job-name=doctor",
+            "--export=PATH",
+        ]
+        options += [f"--partition={request.partition}"] if request.partition else []
+        options += [f"--account={request.account}"] if request.account else []
+        options += [f"--qos={request.qos}"] if request.qos else []
+        try:
+            done = subprocess.run(
+                ["srun", *options, "touch", str(wanted)], capture_output=True, text=True, timeout=3 * seconds
+            )
+            words = done.stderr.strip()
+        except subprocess.TimeoutExpired:
+            words = "no answer"
+        if wanted.exists():
+            return Finding(OK, f"{folder} is written by a node and seen here")
+        if "immediate" in words.lower() or "no answer" in words or "busy" in words.lower():
+            return Finding(WARNING, f"{folder}: not checked", f"no node was free within {seconds} s")
+        last = words.splitlines()[-1] if words else "no message"
+        return Finding(FATAL, f"{folder}: a node could not write it ({last})", "use a folder that all nodes share")
+
+
+def minutes(text: str | None) -> int | None:
+    """SLURM's "2-00:00:00", "08:00:00", "30:00" -> minutes; None for no limit."""
+    if not text or not re.fullmatch(r"(\d+-)?[\d:]+", text):
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minute, second = [*parts, 0, 0][:3]
+    else:
+        hours, minute, second = ([0, 0, *parts])[-3:] if len(parts) > 1 else (0, parts[0], 0)
+    return (int(days or 0) * 24 + hours) * 60 + minute + (1 if second else 0)
+
+
+def profile_requests(profile: Path) -> dict[str, Request]:
+    """What the rules that a profile names ask for. Raises ValueError with file and key when it cannot be read."""
+    import yaml
+
+    files = (
+        [profile]
+        if profile.is_file()
+        else [*sorted(profile.glob("config*.yaml")), *sorted(profile.glob("config*.yml"))]
+    )
+    if not files:
+        raise ValueError(f"{profile}: no such profile: a folder with config.yaml")
+    content = yaml.safe_load(files[0].read_text()) or {}
+    default = _pairs(content.get("default-resources"))
+    rules = {rule: _pairs(values) for rule, values in (content.get("set-resources") or {}).items()}
+    threads = content.get("set-threads") or {}
+    try:
+        return {
+            rule: resources.read(rule, {**default, **values}, int(threads.get(rule, 1)))
+            for rule, values in (rules or {"(default)": {}}).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from error
+
+
+def _pairs(values) -> dict:
+    """`{key: value}` or ["key=value"] of a profile; values as Snakemake would evaluate them, where that is simple."""
+    items = dict(item.split("=", 1) for item in values) if isinstance(values, list) else dict(values or {})
+    evaluated = {}
+    for key, value in items.items():
+        if isinstance(value, str):
+            value = os.path.expandvars(value.strip("'\""))
+            in_environment = re.fullmatch(
+                r"os\.environ(?:\.get\(|\[)['\"](\w+)['\"](?:,\s*['\"]?(.*?)['\"]?)?[)\]]", value
+            )
+            if in_environment:
+                value = os.environ.get(in_environment.group(1), in_environment.group(2) or "")
+            value = int(value) if value.isdigit() else value
+        evaluated[key] = value
+    return {
+        key: value for key, value in evaluated.items() if value not in ("", "None") and not str(value).startswith("$")
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nanochat doctor",
+        description="Check partition, account, limits and shared folder before anything is queued.",
+    )
+    parser.add_argument("--profile", type=Path, required=True, help="Snakemake profile whose resources are checked.")
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="Folder that all nodes must share.")
+    parser.add_argument(
+        "--no-job", action="store_true", help="Do not send the small job that writes the shared folder."
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        requests = profile_requests(arguments.profile)
+        cluster = Cluster.ask()
+    except (ValueError, OSError) as error:
+        print(f"nanochat doctor: {error}", file=sys.stderr)
+        return 2
+    findings = examine(cluster, requests, arguments.folder)
+    if not arguments.no_job and not any(finding.level == FATAL for finding in findings):
+        first = min(requests.values(), key=lambda request: request.gpus)
+        findings.append(probe_folder(arguments.folder.absolute(), first))
+    for finding in findings:
+        print(f"{finding.level:8}{finding}")
+    fatal = sum(finding.level == FATAL for finding in findings)
+    print(f"{len(requests)} requests checked on {cluster.config.get('ClusterName', 'this cluster')}: {fatal} fatal")
+    return 1 if fatal else 0
+
+
+def _names(cluster: Cluster) -> str:
+    return ", ".join(cluster.partitions) or "none"
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
