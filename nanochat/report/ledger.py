@@ -1,0 +1,170 @@
+"""The jobs of a run, as `results/jobs/ledger.jsonl` tells them: every attempt, requeued, failed and cancelled ones too.
+
+The newest line of each (job_id, attempt, restart) wins. An attempt without an end is counted until now when it still
+runs, and until the next attempt of the same work was submitted when it cannot run any more.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nanochat.report.read import Run, number, text, unix_seconds, whole
+
+# Ended from outside, and went on later from its checkpoint: not a failure of the work.
+INTERRUPTED = ("PREEMPTED", "REQUEUED", "TIMEOUT", "SUSPENDED")
+FAILED = ("FAILED", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "LOST", "REVOKED")
+FINAL = ("COMPLETED", *INTERRUPTED[:3], *FAILED)
+
+# Rules with a wildcard, and the target that a user knows them by.
+TARGETS = {"batch_size_plan": "batch_size", "evaluate_stage": "evaluate", "run_benchmark": "benchmark"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One incarnation of one job. Times are unix seconds."""
+
+    rule: str
+    wildcards: tuple[str, ...]
+    job_id: str
+    attempt: int
+    restart: int
+    partition: str | None
+    nodes: str | None
+    gpus: int
+    gpu_type: str | None
+    cpus: int | None
+    submitted: float | None
+    eligible: float | None
+    started: float | None
+    ended: float | None
+    state: str
+    reason: str | None
+    exit_code: int | None
+    end_is: str = "recorded"  # recorded | now | bounded | unknown | never started
+
+    @property
+    def stage(self) -> str:
+        """`base`, or `evaluate sft`."""
+        return " ".join((TARGETS.get(self.rule, self.rule), *self.wildcards))
+
+    @property
+    def seconds(self) -> float:
+        """How long it held its resources."""
+        if self.started is None or self.ended is None:
+            return 0.0
+        return max(0.0, self.ended - self.started)
+
+    @property
+    def is_failed(self) -> bool:
+        return self.state in FAILED
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self.state in INTERRUPTED
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return self.job_id, self.attempt, self.restart
+
+
+def read_attempts(run: Run, now: float) -> list[Attempt]:
+    """Every attempt in the order of submission, each with an end, as far as one can be known."""
+    newest: dict[tuple, Attempt] = {}
+    foreign = 0
+    for line in run.lines("jobs/ledger.jsonl"):
+        attempt = _attempt(line)
+        if attempt is None:
+            foreign += 1
+            continue
+        newest[attempt.identity] = _kept(attempt, newest.get(attempt.identity))
+    if foreign:
+        run.note(f"`jobs/ledger.jsonl`: {foreign:,} line{'s' * (foreign > 1)} of an unknown form left out.")
+    if not newest:
+        run.note("`jobs/ledger.jsonl` is not there or empty: no job times, no cost. Was a stage run by hand?")
+    ordered = sorted(newest.values(), key=lambda one: (one.submitted or one.started or now, one.job_id, one.restart))
+    return _with_ends(ordered, now)
+
+
+def waits(attempts: Iterable[Attempt]) -> dict[tuple, tuple[float | None, float | None]]:
+    """Seconds of (queue wait, delay by a requeue) of each attempt, by identity.
+
+    A first start waits from `eligible` (from `submitted` where that is unknown); a requeued one from the end of the
+    incarnation before it, and that is counted apart: the user's job had its turn already.
+    """
+    by_identity = {attempt.identity: attempt for attempt in attempts}
+    found: dict[tuple, tuple[float | None, float | None]] = {}
+    for identity, attempt in by_identity.items():
+        job_id, number_of, restart = identity
+        if attempt.started is None:
+            found[identity] = (None, None)
+            continue
+        since = attempt.eligible or attempt.submitted
+        before = by_identity.get((job_id, number_of, restart - 1))
+        if restart and before is not None and before.ended is not None:
+            since = before.ended
+        wait = None if since is None else max(0.0, attempt.started - since)
+        found[identity] = (None, wait) if restart else (wait, None)
+    return found
+
+
+def _attempt(line: dict[str, Any]) -> Attempt | None:
+    rule, job_id = line.get("rule"), line.get("job_id")
+    if not isinstance(rule, str) or not rule or job_id is None or isinstance(job_id, dict | list):
+        return None
+    wildcards = line.get("wildcards")
+    if isinstance(wildcards, dict):
+        parts = tuple(str(value) for value in wildcards.values())
+    else:
+        parts = (str(wildcards),) if wildcards else ()
+    cpus, exit_code = number(line.get("cpus")), number(line.get("exit_code"))
+    state = str(line.get("state") or "").upper().split()
+    return Attempt(
+        rule=rule,
+        wildcards=parts,
+        job_id=str(job_id),
+        attempt=whole(line.get("attempt"), 1),
+        restart=whole(line.get("restart"), 0),
+        partition=text(line.get("partition")),
+        nodes=text(line.get("node_names")) or text(line.get("nodes")),
+        gpus=whole(line.get("gpus"), 0),
+        gpu_type=text(line.get("gpu_type")),
+        cpus=None if cpus is None or cpus <= 0 else int(cpus),
+        submitted=unix_seconds(line.get("submitted")),
+        eligible=unix_seconds(line.get("eligible")),
+        started=unix_seconds(line.get("started")),
+        ended=unix_seconds(line.get("ended")),
+        # SLURM writes "CANCELLED by 0" and, cut to its column, "CANCELLED+".
+        state=state[0].rstrip("+,") if state else "UNKNOWN",
+        reason=text(line.get("reason")),
+        exit_code=None if exit_code is None else int(exit_code),
+    )
+
+
+def _kept(newer: Attempt, older: Attempt | None) -> Attempt:
+    """The newer line wins; what it leaves open, and what cannot change any more, stays from the older one."""
+    if older is None:
+        return newer
+    fixed = ("submitted", "eligible", "started", "cpus", "gpu_type", "partition", "nodes")
+    return replace(newer, **{name: getattr(older, name) for name in fixed if getattr(newer, name) is None})
+
+
+def _with_ends(attempts: list[Attempt], now: float) -> list[Attempt]:
+    following: dict[str, list[float]] = defaultdict(list)
+    for attempt in attempts:
+        following[attempt.stage].append(attempt.started or attempt.submitted or now)
+    closed = []
+    for attempt in attempts:
+        if attempt.started is None:
+            closed.append(replace(attempt, ended=None, end_is="never started"))
+        elif attempt.ended is not None:
+            closed.append(replace(attempt, ended=max(attempt.ended, attempt.started)))
+        else:
+            later = [start for start in following[attempt.stage] if start > attempt.started]
+            if later:
+                closed.append(replace(attempt, ended=min(later), end_is="bounded"))
+            elif attempt.state in FINAL:
+                closed.append(replace(attempt, end_is="unknown"))
+            else:
+                closed.append(replace(attempt, ended=max(now, attempt.started), end_is="now"))
+    return closed

@@ -1,0 +1,272 @@
+"""The page: nothing on it that is not in report.json, and no run that it cannot be written for."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from report_run import write_run
+
+from nanochat.cli import main
+from nanochat.config import Cost
+from nanochat.errors import UserError
+from nanochat.report.build import build, headline
+from nanochat.report.collect import collect
+from nanochat.report.numbers import DASH, amount, duration, show, size, tidy
+from nanochat.report.read import Run
+from nanochat.report.render import block, render
+
+FIGURES = ("loss", "timeline", "cost", "kv_cache", "batch_size")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with its report, and the time at which it was written."""
+    results = tmp_path_factory.mktemp("run") / "results"
+    now = write_run(results).clock
+    build(results, Cost(), now)
+    return results, now
+
+
+def page(results) -> str:
+    return (results / "report.md").read_text()
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_page_is_made_of_report_json_alone(run):
+    results, _ = run
+    content = json.loads((results / "report.json").read_text())
+    assert render(content) == page(results)
+    shown = {show(entry) for entry in content["values"]}
+    numbers = [cell for row in cells(page(results)) for cell in row if re.fullmatch(r"[\d,.]+( ?[A-Za-z%]+)?", cell)]
+    assert len(numbers) > 300
+    assert not [cell for cell in numbers if cell not in shown]
+
+
+def test_every_number_has_unit_and_source(run):
+    content = json.loads((run[0] / "report.json").read_text())
+    for entry in content["values"]:
+        assert {"section", "row", "key", "value", "unit", "device", "method"} <= set(entry)
+        if entry["value"] is None:
+            assert entry["missing"]
+        elif isinstance(entry["value"], int | float) and entry["section"] != "measured":
+            assert entry["method"], entry
+
+
+def test_no_nan_and_no_endless_digits(run):
+    text = page(run[0])
+    assert not re.search(r"\b(nan|inf|None|null|undefined)\b", text, re.IGNORECASE)
+    assert not re.search(r"\d\.\d{5,}", text)
+
+
+def test_numbers_stand_at_the_right(run):
+    rows = cells(page(run[0]))
+    for head, rule in itertools.pairwise(rows):
+        for title, mark in zip(head, rule, strict=False):
+            if set(mark) <= {"-", ":"} and title in (
+                "Tokens/s",
+                "GPU-hours",
+                "CPU-hours",
+                "Ran",
+                "Queued",
+                "Share",
+                "base",
+            ):
+                assert mark.endswith(":"), title
+
+
+def test_what_a_supervisor_asks_for_is_there(run):
+    text = page(run[0])
+    for words in (
+        "GPU-hours",
+        "CPU-hours",
+        "USD",
+        "PREEMPTED",
+        "NODE_FAIL",
+        "CUDA out of memory",
+        "was running when this was written: counted until then",
+        "Chance",
+        "Goodput of training",
+        "Projected tokens/s",
+        "Real tokens/s",
+        "NVIDIA A100-SXM4-80GB",
+        "3f1c2ab",
+    ):
+        assert words in text
+    for figure in FIGURES:
+        assert f"](figures/{figure}.png)" in text
+
+
+def test_figures_are_pictures(run):
+    for figure in FIGURES:
+        height, width, _ = imread(run[0] / f"figures/{figure}.png").shape
+        assert width > 600
+        assert height > 150
+
+
+def test_headline_is_short_and_from_report_json(run, capsys):
+    assert main(["report", "--results", str(run[0]), "--headline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 3 <= len(lines) <= 8
+    assert lines == headline(run[0]).splitlines()
+    assert "4 x NVIDIA A100-SXM4-80GB" in lines[1]
+
+
+def test_projections_are_called_so(run):
+    content = json.loads((run[0] / "report.json").read_text())
+    predicted = [entry for entry in content["values"] if entry["key"].startswith("predicted")]
+    assert predicted
+    assert all("projection" in entry["method"] for entry in predicted)
+
+
+def test_a_run_without_gpus_accounts_for_cpu_hours(tmp_path):
+    now = write_run(tmp_path / "results", gpus=0).clock
+    build(tmp_path / "results", Cost(cpu_hour_price=0.05), now)
+    text = page(tmp_path / "results")
+    assert "no job held a GPU" in text
+    assert "MFU: no peak is known for AMD EPYC 7742" in text
+    assert "0.000 GPU-hours" in headline(tmp_path / "results")
+
+
+def test_an_empty_folder_gives_a_page_and_figures(tmp_path):
+    build(tmp_path, Cost(), now=1e9)
+    text = page(tmp_path)
+    assert "What is missing" in text
+    assert "No ledger of jobs" in text
+    assert 1 <= len(headline(tmp_path).splitlines()) <= 8
+    assert all((tmp_path / f"figures/{figure}.png").exists() for figure in FIGURES)
+
+
+def test_no_report_and_no_folder_are_named(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"report\.json: no such file"):
+        headline(tmp_path)
+    assert main(["report", "--results", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+FILES = [
+    "base/metrics.json",
+    "base/log.jsonl",
+    "sft/metrics.json",
+    "sft/config.json",
+    "sft/model.safetensors",
+    "batch_size/mid.json",
+    "evaluate/mid.json",
+    "benchmark/training.json",
+    "benchmark/kv_cache.json",
+    "benchmark/first_token.json",
+    "tokenizer/metrics.json",
+    "corpus/manifest.json",
+    "tokens/metrics.json",
+    "conversations/sft/metrics.json",
+    "jobs/ledger.jsonl",
+]
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture
+def spoiled(run, tmp_path_factory):
+    """A copy of the run that a test may spoil again and again; `restore` makes it whole."""
+    copy = tmp_path_factory.mktemp("spoiled") / "results"
+
+    def restore():
+        shutil.rmtree(copy, ignore_errors=True)
+        return shutil.copytree(run[0], copy, ignore=shutil.ignore_patterns("figures"))
+
+    return restore
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_anything_may_be_missing_damaged_or_foreign(spoiled, run, data):
+    results = spoiled()
+    for name in data.draw(st.lists(st.sampled_from(FILES), min_size=1, max_size=4, unique=True)):
+        path = results / name
+        how = data.draw(st.sampled_from(["gone", "cut", "foreign", "field"]))
+        content = path.read_bytes()
+        if how == "gone":
+            path.unlink()
+        elif how == "cut":
+            path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        elif how == "foreign" or not name.endswith((".json", ".jsonl")):
+            path.write_text(json.dumps(data.draw(junk)))
+        else:
+            lines = content.splitlines() if name.endswith(".jsonl") else [content]
+            one = json.loads(lines[-1])
+            one[data.draw(st.sampled_from(sorted(one)))] = data.draw(junk)
+            path.write_text("\n".join(map(bytes.decode, lines[:-1])) + "\n" + json.dumps(one) + "\n")
+    content = collect(Run(results), Cost(), run[1]).report()
+    text = render(json.loads(json.dumps(content, allow_nan=False)))
+    assert text.startswith("# Report of a training run\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["benchmark/kv_cache.json", "evaluate/mid.json", "base/metrics.json", "jobs/ledger.jsonl"]
+)
+def test_what_is_missing_is_named(spoiled, run, name):
+    results = spoiled()
+    (results / name).unlink()
+    build(results, Cost(), run[1])
+    missing = page(results).split("## What is missing")[1].split("##")[0]
+    assert f"`{name}`" in missing
+
+
+def test_a_report_needs_no_torch():
+    code = (
+        "import sys, nanochat.report.build, nanochat.report.collect, nanochat.report.figures, nanochat.report.render;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@given(st.text())
+def test_what_a_model_wrote_cannot_break_out_of_its_block(written):
+    for line in block("model", written).split("\n"):
+        assert line.startswith("    ")
+        assert line.isprintable()
+
+
+@given(st.floats() | st.integers(-(10**15), 10**15))
+def test_a_number_is_short_or_absent(value):
+    tidied = tidy(value)
+    if tidied is None:
+        return
+    for unit in ("number", "count", "seconds", "bytes", "fraction", "hours", "tokens/s", "USD"):
+        if abs(tidied) < 1e12:
+            text = show({"value": tidied, "unit": unit})
+            assert not re.search(r"\.\d{8,}", text)
+            assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (duration(59.96), "1 min 00 s"),
+        (duration(0.44), "0.4 s"),
+        (duration(3599.7), "1 h 00 min"),
+        (duration(200_000), "2 d 08 h"),
+        (size(999), "999 bytes"),
+        (size(61_234_567_890), "61.2 GB"),
+        (size(999_600), "1 MB"),
+        (amount(1234.5678), "1,235"),
+        (amount(0.33333333), "0.3333"),
+        (show({"value": None, "unit": "count"}), DASH),
+        (show({"value": 12.5, "unit": "USD"}), "12.50 USD"),
+    ],
+)
+def test_numbers_read_well(text, expected):
+    assert text == expected

@@ -1,0 +1,173 @@
+"""Money: whatever the ledger and the logs say, the parts sum to the whole."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_run import Writer, write_run
+
+from nanochat.report.cost import LOST, PARTS, USEFUL, account
+from nanochat.report.ledger import Attempt, read_attempts, waits
+from nanochat.report.read import Run
+from nanochat.report.steps import Step, read_steps
+
+STATES = (
+    "COMPLETED",
+    "FAILED",
+    "PREEMPTED",
+    "REQUEUED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "CANCELLED",
+    "RUNNING",
+    "SUSPENDED",
+    "ODD",
+)
+
+attempts = st.builds(
+    Attempt,
+    rule=st.sampled_from(["base", "mid", "corpus", "evaluate_stage"]),
+    wildcards=st.just(()),
+    job_id=st.integers(1, 5).map(str),
+    attempt=st.integers(1, 3),
+    restart=st.integers(0, 3),
+    partition=st.none(),
+    nodes=st.none(),
+    gpus=st.integers(0, 8),
+    gpu_type=st.none(),
+    cpus=st.none() | st.integers(1, 64),
+    submitted=st.none(),
+    eligible=st.none(),
+    started=st.none() | st.floats(1000, 2000),
+    ended=st.none() | st.floats(1000, 3000),
+    state=st.sampled_from(STATES),
+    reason=st.none(),
+    exit_code=st.none(),
+)
+seconds = st.floats(0, 400)
+steps = st.builds(
+    Step,
+    step=st.integers(0, 20),
+    loss=st.just(1.0),
+    val_bpb=st.none(),
+    seconds=st.none() | seconds,
+    ended=st.none() | st.floats(900, 3100),
+    validation_seconds=seconds,
+    checkpoint_seconds=seconds,
+    tokens_per_second=st.none(),
+    survives=st.booleans(),
+)
+
+
+@given(st.lists(attempts, max_size=8), st.lists(steps, max_size=20), st.lists(steps, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_charged_is_useful_plus_lost(tried, base, mid):
+    books = account(tried, {"base": base, "mid": mid})
+    charged = sum(one.gpus * one.seconds for one in tried) / 3600
+    assert books.hours("GPU") == pytest.approx(charged)
+    for resource in ("GPU", "CPU"):
+        assert books.hours(resource) == pytest.approx(books.hours(resource, USEFUL) + books.lost(resource), abs=1e-9)
+        by_stage = sum(books.hours(resource, stages=[stage]) for stage in books.stages())
+        assert books.hours(resource) == pytest.approx(by_stage, abs=1e-9)
+    for charge in books.charges:
+        assert set(charge.seconds) == set(PARTS)
+        assert all(value >= 0 for value in charge.seconds.values())
+        assert sum(charge.seconds.values()) == pytest.approx(charge.attempt.seconds, abs=1e-6)
+    assert books.goodput() is None or 0 <= books.goodput() <= 1 + 1e-9
+
+
+@given(st.lists(attempts, max_size=8))
+@settings(deadline=None)
+def test_only_training_steps_are_useful(tried):
+    books = account([one for one in tried if one.rule in ("corpus", "evaluate_stage")], {})
+    assert books.hours("GPU", USEFUL) == books.hours("CPU", USEFUL) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    results = tmp_path_factory.mktemp("run") / "results"
+    return Run(results), write_run(results).clock
+
+
+def test_every_cause_of_loss_is_found(run):
+    run, now = run
+    attempts = read_attempts(run, now)
+    books = account(attempts, {stage: read_steps(run, stage) for stage in ("base", "mid", "sft")})
+    lost = {part: books.hours("GPU", part) * 3600 / 4 for part in LOST}
+    # 30 steps of about 2 s were done twice: the node was lost at 330, the last checkpoint was that of 300.
+    assert lost["replayed"] == pytest.approx(30 * 2, rel=0.05)
+    # Preempted 12 s after its last step.
+    assert lost["grace"] == pytest.approx(12, abs=0.1)
+    # Two attempts of base, one of mid, one of sft; a first step takes 8 steps' time, 7 of it compiling. The lost node's is failed.
+    assert lost["startup"] == pytest.approx(40 + 38 + 30 + 30 + 7 * (2 + 2 + 1 + 1), rel=0.05)
+    assert lost["failed"] > 48
+    useful = books.hours("GPU", USEFUL) * 3600 / 4
+    assert useful == pytest.approx(600 * 2 + 200 + 120, rel=0.02)
+    assert books.goodput(["base", "mid", "sft"]) > books.goodput()
+
+
+def test_queue_wait_and_requeue_delay_are_apart(run):
+    run, now = run
+    attempts = read_attempts(run, now)
+    found = waits(attempts)
+    base = [one for one in attempts if one.stage == "base"]
+    assert [found[one.identity] for one in base] == [(180, None), (None, 130), (240, None)]
+
+
+def test_the_running_report_is_counted_until_now(run):
+    run, now = run
+    report = next(one for one in read_attempts(run, now) if one.stage == "report")
+    assert (report.state, report.end_is, report.seconds) == ("RUNNING", "now", 9)
+
+
+def test_a_replaced_attempt_without_an_end_is_bounded(tmp_path):
+    writer = Writer(tmp_path / "results")
+    writer.job("base", 0, state="RUNNING", gpus=1)
+    started = writer.clock
+    writer.clock += 100  # the driver was killed here, with the job
+    writer.job("base", 50, gpus=1, wait=5)
+    first, second = read_attempts(Run(tmp_path / "results"), writer.clock + 1e6)
+    assert (first.started, first.end_is, first.seconds) == (started, "bounded", 105)
+    assert (second.end_is, second.seconds) == ("recorded", 50)
+
+
+def test_a_stage_run_again_counts_the_first_run_as_superseded(tmp_path):
+    writer = Writer(tmp_path / "results")
+    writer.job("mid", 100, gpus=2)
+    writer.job("mid", 60, gpus=2)
+    attempts = read_attempts(Run(tmp_path / "results"), writer.clock)
+    books = account(attempts, {})
+    assert books.hours("GPU", "superseded") == pytest.approx(200 / 3600)
+    assert books.hours("GPU") == pytest.approx(320 / 3600)
+
+
+def test_the_newest_line_wins_and_damaged_ones_are_named(tmp_path):
+    writer = Writer(tmp_path / "results")
+    writer.job("corpus", 10)
+    ledger = tmp_path / "results/jobs/ledger.jsonl"
+    with open(ledger, "a") as file:
+        file.write('{"rule": "base", "job_id": \n')
+        file.write('["another version"]\n')
+        file.write('{"version": 9, "name": "base"}\n')
+        file.write(
+            '{"rule": "mid", "job_id": 7, "started": "2026-01-02T03:04:05", "state": "CANCELLED by 0", "ended": "Unknown"}\n'
+        )
+        file.write('{"rule": "sft", "job_id": "8", "sta')
+    run = Run(tmp_path / "results")
+    found = {one.stage: one for one in read_attempts(run, writer.clock)}
+    assert set(found) == {"corpus", "mid"}
+    assert found["corpus"].state == "COMPLETED"
+    assert (found["mid"].state, found["mid"].end_is, found["mid"].seconds) == ("CANCELLED", "unknown", 0)
+    assert any("2 unreadable lines" in note for note in run.notes)
+    assert any("1 line of an unknown form" in note for note in run.notes)
+
+
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_the_last_line_for_a_step_wins(tmp_path_factory, order):
+    results = tmp_path_factory.mktemp("log") / "results"
+    Writer(results).lines("base/log.jsonl", [{"step": step, "loss": index} for index, step in enumerate(order)])
+    kept = [step for step in read_steps(Run(results), "base") if step.survives]
+    numbers = [step.step for step in kept]
+    assert numbers == sorted(set(numbers))
+    last = {step: index for index, step in enumerate(order)}
+    assert all(step.loss == last[step.step] for step in kept)
+    assert not order or numbers[-1] == order[-1]
