@@ -58,8 +58,12 @@ steps = st.builds(
 )
 
 
-@given(st.lists(attempts, max_size=8), st.lists(steps, max_size=20), st.lists(steps, max_size=8))
-@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(attempts, max_size=8, unique_by=lambda one: one.identity),
+    st.lists(steps, max_size=20),
+    st.lists(steps, max_size=8),
+)
+@settings(max_examples=100, deadline=None)
 def test_charged_is_useful_plus_lost(tried, base, mid):
     books = account(tried, {"base": base, "mid": mid})
     charged = sum(one.gpus * one.seconds for one in tried) / 3600
@@ -75,7 +79,7 @@ def test_charged_is_useful_plus_lost(tried, base, mid):
     assert books.goodput() is None or 0 <= books.goodput() <= 1 + 1e-9
 
 
-@given(st.lists(attempts, max_size=8))
+@given(st.lists(attempts, max_size=8, unique_by=lambda one: one.identity))
 @settings(deadline=None)
 def test_only_training_steps_are_useful(tried):
     books = account([one for one in tried if one.rule in ("corpus", "evaluate_stage")], {})
