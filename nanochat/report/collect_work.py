@@ -106,6 +106,8 @@ def scores(run: Run, numbers: Numbers) -> None:
             value = next((value for value in values if value is not None), None)
             method = "evaluate/<stage>.json"
             numbers.add("scores", name, key, value, kind, method=method, missing=why if key == "chance" else None)
+        words = (text(found.get(name, {}).get("description")) for found in by_stage.values())
+        numbers.add("scores", name, "description", next((one for one in words if one), None), missing="nothing to say")
         for stage, found in by_stage.items():
             task, device, method = found.get(name, {}), text(contents[stage].get("device")), f"evaluate/{stage}.json"
             score = number(task.get("score"))
@@ -187,6 +189,15 @@ BENCHMARK_UNITS = {
     "chi2": "number",
     "p_value": "number",
     "compile_seconds": "seconds",
+    "first_step_seconds": "seconds",
+    "first_run_seconds": "seconds",
+    "prefill_ms": "milliseconds",
+    "padding_fraction": "fraction",
+    "gpu_utilization": "fraction",
+    "width": "count",
+    "grad_accum_steps": "count",
+    "steps": "count",
+    "degrees_of_freedom": "count",
 }
 
 
@@ -197,8 +208,9 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
             continue
         device = text(content.get("device"))
         section = f"benchmark_{name}"
-        for key in ("device", "torch", "commit", "command"):
-            numbers.add(section, "about", key, text(content.get(key)), method=f"benchmark/{name}.json")
+        for key in ("device", "torch", "commit", "dtype", "command", "notes"):
+            why = "nothing to say" if key == "notes" else None
+            numbers.add(section, "about", key, text(content.get(key)), method=f"benchmark/{name}.json", missing=why)
         for index, row in enumerate(content["rows"]):
             label = f"{index + 1}"
             numbers.add(section, label, "case", text(row.get("case")))
@@ -206,7 +218,9 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
                 if key == "case" or isinstance(value, list | dict):
                     continue
                 projected = key.startswith("predicted")
-                method = "projection from bytes and FLOPs, not measured" if projected else f"benchmark/{name}.json"
+                method = f"benchmark/{name}.json: median of repeated runs after a warm-up"
+                if projected:
+                    method = "projection from bytes and FLOPs, not measured"
                 if isinstance(value, str | bool):
                     unit, value, missing = "text", value, None
                 else:

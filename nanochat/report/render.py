@@ -20,12 +20,14 @@ TITLES = {
     "chi2": "Chi-squared",
     "commit": "Commit",
     "compile": "Compiled",
-    "compile_seconds": "Compile (s)",
+    "compile_seconds": "Compile",
+    "first_step_seconds": "First step",
     "cpu_hours": "CPU-hours",
     "cpus": "CPUs",
     "depth": "Layers",
     "device": "Device",
     "device_batch_size": "Rows of a micro-batch",
+    "degrees_of_freedom": "Degrees of freedom",
     "distinct": "Distinct",
     "documents": "Documents",
     "floor_fraction": "Share of the bandwidth floor",
@@ -83,6 +85,7 @@ TITLES = {
     "tokens_per_step": "Tokens a step",
     "torch": "torch",
     "useful_hours": "Useful (h)",
+    "within_tolerance": "Within tolerance",
     "val_bpb": "Held-out loss, last (bits/byte)",
     "vocab_size": "Vocabulary",
 }
@@ -100,6 +103,17 @@ WORDS = {
     "goodput_training": "Goodput of training",
     "queue_wait": "Queue wait",
     "requeue_delay": "Delay by requeues",
+    "eager_small_batch": "small batch, padded rows, eager",
+    "plan_batch_size": "batch size of the plan",
+    "packed_rows": "and packed rows",
+    "compile": "and compiled",
+    "recompute_eager": "no cache, eager",
+    "recompute_compiled": "no cache, compiled",
+    "cache_eager": "KV cache, eager",
+    "cache_graph": "KV cache, captured graph",
+    "transformers_static": "transformers, static cache",
+    "before": "before: one draw copied to all rows",
+    "after": "after: the engine",
     "lost: startup": "lost: start-up",
     "lost: checkpoints": "lost: checkpoints",
     "lost: no_steps": "lost: no steps",
@@ -139,7 +153,11 @@ class Report:
         for row in self.rows(section):
             found = [self.found[section][row].get(key) for key in columns]
             entries += zip(columns, found, strict=True)
-            lines.append([*([WORDS.get(row, row)] if head else []), *map(show, found)])
+            shown = [
+                WORDS.get(cell, cell) if key == "case" else cell
+                for key, cell in zip(columns, map(show, found), strict=True)
+            ]
+            lines.append([*([WORDS.get(row, row)] if head else []), *shown])
         right = [*([False] if head else []), *(self._is_number(section, key) for key in columns)]
         return markdown_table(lines, right) + why_missing(entries)
 
@@ -212,7 +230,7 @@ def render(content: Mapping[str, Any]) -> str:
     environment.globals["block"] = block
     template = environment.get_template("report.md.jinja")
     report = Report(content)
-    text = template.render(report=report, headline=headline_lines(report), missing=content["missing"], dash=DASH)
+    text = template.render(report=report, headline=headline_lines(report), missing=content["missing"], words=WORDS)
     lines = [line.rstrip() for line in text.split("\n")]
     # One empty line between blocks, whatever parts of the template were left out.
     kept = [line for index, line in enumerate(lines) if line or (index and lines[index - 1])]

@@ -191,7 +191,7 @@ def spoiled(run, tmp_path_factory):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_anything_may_be_missing_damaged_or_foreign(spoiled, run, data):
     results = spoiled()
     for name in data.draw(st.lists(st.sampled_from(FILES), min_size=1, max_size=4, unique=True)):
@@ -220,8 +220,8 @@ def test_anything_may_be_missing_damaged_or_foreign(spoiled, run, data):
 def test_what_is_missing_is_named(spoiled, run, name):
     results = spoiled()
     (results / name).unlink()
-    build(results, Cost(), run[1])
-    missing = page(results).split("## What is missing")[1].split("##")[0]
+    text = render(collect(Run(results), Cost(), run[1]).report())
+    missing = text.split("## What is missing")[1].split("##")[0]
     assert f"`{name}`" in missing
 
 
