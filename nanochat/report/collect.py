@@ -6,7 +6,7 @@ from typing import Any
 from nanochat.config import Cost
 from nanochat.report import collect_work
 from nanochat.report.cost import LOST, USEFUL, Account, account
-from nanochat.report.ledger import Attempt, read_attempts, waits
+from nanochat.report.ledger import Attempt, busy_seconds, read_attempts, waits
 from nanochat.report.numbers import Numbers
 from nanochat.report.read import Run, number
 from nanochat.report.steps import TRAINED, Step, read_steps
@@ -103,13 +103,15 @@ def _run(found: Collected, cost: Cost) -> None:
     add("gpus", max(gpus) if gpus else None, "count", method="metrics.json: the most that a stage trained on")
 
     starts = [one.submitted or one.started for one in found.attempts if one.submitted or one.started]
+    ends = [one.ended for one in found.attempts if one.ended is not None]
     add(
         "wall_seconds",
-        found.now - min(starts) if starts else None,
+        max(ends) - min(starts) if starts and ends else None,
         "seconds",
-        method="from the first submission to the writing of this report",
+        method="from the first submission to the last end (for what still runs: to the writing of this report)",
         missing="no ledger of jobs",
     )
+    add("busy_seconds", busy_seconds(found.attempts), "seconds", method="of that, with at least one job running")
     add("jobs", len({one.stage for one in found.attempts}), "count", method="jobs/ledger.jsonl")
     add("attempts", len(found.attempts), "count", method="jobs/ledger.jsonl")
     add("attempts_failed", sum(one.is_failed for one in found.attempts), "count", method="jobs/ledger.jsonl")

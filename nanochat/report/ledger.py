@@ -108,6 +108,16 @@ def waits(attempts: Iterable[Attempt]) -> dict[tuple, tuple[float | None, float 
     return found
 
 
+def busy_seconds(attempts: Iterable[Attempt]) -> float:
+    """How long at least one of them ran."""
+    spans = sorted((one.started, one.ended) for one in attempts if one.started is not None and one.ended is not None)
+    total, until = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
 def _attempt(line: dict[str, Any]) -> Attempt | None:
     rule, job_id = line.get("rule"), line.get("job_id")
     if not isinstance(rule, str) or not rule or job_id is None or isinstance(job_id, dict | list):

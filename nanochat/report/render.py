@@ -279,7 +279,7 @@ def headline_lines(report: Report) -> list[str]:
         trouble += f", {run('attempts_interrupted')} interrupted" if interrupted else ""
         lines.append(
             f"Jobs: {run('jobs')} in {run('attempts')} attempts{trouble}; {run('wall_seconds')} from the first submission "
-            "to this report."
+            f"to the last end, {run('busy_seconds')} of it with a job running."
         )
         # A price of 0 for a CPU-hour is a price, too: say so rather than print a bare 0.
         prices = f"{run('gpu_hour_price')} a GPU-hour, {run('cpu_hour_price')} a CPU-hour without GPU"

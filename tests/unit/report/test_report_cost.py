@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from report_run import Writer, write_run
 
 from nanochat.report.cost import LOST, PARTS, USEFUL, account
-from nanochat.report.ledger import Attempt, read_attempts, waits
+from nanochat.report.ledger import Attempt, busy_seconds, read_attempts, waits
 from nanochat.report.read import Run
 from nanochat.report.steps import Step, read_steps
 
@@ -84,6 +84,13 @@ def test_charged_is_useful_plus_lost(tried, base, mid):
 def test_only_training_steps_are_useful(tried):
     books = account([one for one in tried if one.rule in ("corpus", "evaluate_stage")], {})
     assert books.hours("GPU", USEFUL) == books.hours("CPU", USEFUL) == 0
+
+
+@given(st.lists(attempts, max_size=8))
+def test_busy_time_is_that_of_the_longest_at_least_and_of_all_at_most(tried):
+    known = [one for one in tried if one.started is not None and one.ended is not None and one.ended >= one.started]
+    spans = [one.seconds for one in known]
+    assert max(spans, default=0) - 1e-6 <= busy_seconds(known) <= sum(spans) + 1e-6
 
 
 @pytest.fixture(scope="module")
