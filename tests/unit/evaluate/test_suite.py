@@ -1,0 +1,89 @@
+import json
+import math
+
+import pytest
+
+from nanochat.cli import main
+from nanochat.config import Config, stage_settings
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.files import save_model
+
+TASKS = ("bits_per_byte", "cloze", "multiple_choice", "humaneval")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, build_model):
+    """A run up to its models, which are random: corpus, tokenizer and tokens through their own commands."""
+    folder = tmp_path_factory.mktemp("run")
+    small = {
+        "corpus": {"source": "bundled", "max_bytes": 1_500_000, "validation_fraction": 0.1},
+        "tokenizer": {"vocab_size": 600},
+        "evaluate": {"gpus": 0, "items": 24, "humaneval_problems": 4, "humaneval_tokens": 8, "validation_tokens": 2000},
+    }
+    small["evaluate"] |= {"sample_tokens": 10}
+    for name, settings in stage_settings(Config.model_validate(small)).items():
+        (folder / f"{name}.json").write_text(settings.model_dump_json())
+    for name, more in (
+        ("corpus", []),
+        ("tokenizer", ["--corpus", "corpus"]),
+        ("tokens", ["--corpus", "corpus", "--tokenizer", "tokenizer"]),
+    ):
+        paths = [word if word.startswith("--") else str(folder / word) for word in more]
+        assert main([name, "--config", str(folder / f"{name}.json"), *paths, "--out", str(folder / name)]) == 0
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for stage in ("base", "sft"):
+        extra = {"stage": stage, "step": 1, "tokenizer_sha256": tokenizer.sha256}
+        save_model(folder / stage, build_model(tokenizer.vocab_size, length=160), extra)
+    return folder
+
+
+def evaluate(folder, stage: str, out: str) -> int:
+    paths = {
+        "config": "evaluate.json",
+        "model": stage,
+        "tokenizer": "tokenizer",
+        "corpus": "corpus",
+        "tokens": "tokens",
+    }
+    arguments = [word for key, path in paths.items() for word in (f"--{key}", str(folder / path))]
+    return main(["evaluate", *arguments, "--out", str(folder / out)])
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_the_file_holds_each_score_beside_chance(run_folder, stage):
+    assert evaluate(run_folder, stage, f"evaluate/{stage}.json") == 0
+    content = json.loads((run_folder / f"evaluate/{stage}.json").read_text())
+    assert content["stage"] == stage
+    assert tuple(content["tasks"]) == TASKS
+    for task in content["tasks"].values():
+        assert task.keys() >= {"score", "baseline", "centred_score", "items", "seconds", "unit", "description"}
+    assert content["val_bpb"] == content["tasks"]["bits_per_byte"]["score"] > 0
+    assert content["tasks"]["multiple_choice"]["baseline"] == 0.25
+    assert 0 < content["tasks"]["cloze"]["baseline"] < 0.2
+    kinds = [sample["kind"] for sample in content["samples"]]
+    assert kinds == ["prompt"] * 3 + (["question"] * 3 if stage == "sft" else [])
+    assert content.keys() >= {"device", "seconds", "commit", "torch"}
+
+
+def test_scores_are_the_same_at_every_run(run_folder):
+    for out in ("first.json", "second.json"):
+        evaluate(run_folder, "sft", out)
+    first, second = (json.loads((run_folder / out).read_text()) for out in ("first.json", "second.json"))
+    assert first["samples"] == second["samples"]
+    for task in TASKS:
+        assert first["tasks"][task]["score"] == second["tasks"][task]["score"]
+        assert math.isfinite(first["tasks"][task]["score"])
+
+
+def test_the_tokenizer_of_another_run_is_refused(run_folder, build_model, capsys):
+    extra = {"stage": "sft", "step": 1, "tokenizer_sha256": "0" * 64}
+    save_model(run_folder / "foreign", build_model(600, length=160), extra)
+    assert evaluate(run_folder, "foreign", "foreign.json") == 2
+    assert "belongs to another run" in capsys.readouterr().err
+
+
+def test_one_question_through_the_command(run_folder, capsys):
+    arguments = ["-q", "Hello", "--max-tokens", "5", "--temperature", "0"]
+    assert main(["chat", "-m", str(run_folder / "sft"), *arguments]) == 0
+    assert main(["chat", "-m", str(run_folder / "sft"), "--temperature", "-1", "-q", "x"]) == 2
+    assert "temperature = -1.0: must be 0 (greedy) or more" in capsys.readouterr().err
