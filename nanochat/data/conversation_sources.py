@@ -74,18 +74,20 @@ def _sampled(
 
 
 def chatterbot(material: Material, count: int | None, stream: random.Random) -> Iterator[tuple[str, list[Message]]]:
-    """The English conversations of PyPI's chatterbot-corpus: user and assistant in turn."""
+    """The English conversations of PyPI's chatterbot-corpus, user and assistant in turn; it holds many twice, we do not."""
     # The package is found, not imported: its import would pull in what we do not need.
     package = importlib.util.find_spec("chatterbot_corpus")
     if package is None or not package.submodule_search_locations:
         raise UserError("mixture: name = chatterbot: the package is missing. pip install chatterbot-corpus.")
     folder = Path(package.submodule_search_locations[0]) / "data" / "english"
+    seen: set[tuple[str, ...]] = set()
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for path in sorted(folder.glob("*.yml")):
         for turns in yaml.load(path.read_text(encoding="utf-8"), loader)["conversations"]:
             turns = [str(turn).strip() for turn in turns if str(turn).strip()]
             turns = turns[: len(turns) // 2 * 2]
-            if turns:
+            if turns and tuple(turns) not in seen:
+                seen.add(tuple(turns))
                 yield normal(turns[0]), _dialogue(*turns)
 
 

@@ -115,10 +115,10 @@ def held_out(conversations: list[Conversation], seed: int) -> tuple[list[Convers
         leaked = [c for c in validation if not asked.isdisjoint(c.questions)]
         if not leaked:
             break
-        # Those that moved bring their other questions with them, so look again.
-        asked.update(question for conversation in leaked for question in conversation.questions)
         validation = [c for c in validation if asked.isdisjoint(c.questions)]
         train += leaked
+        # Those that moved bring their other questions with them, so look again.
+        asked.update(question for conversation in leaked for question in conversation.questions)
     # Repetitions weigh in training; in validation they would only cost time.
     unique = {tuple(c.questions): c for c in validation}
     return train, list(unique.values())

@@ -81,14 +81,13 @@ def build(corpus_folder: str | Path, tokenizer_folder: str | Path, out: str | Pa
         Job(str(corpus_folder), str(tokenizer_folder), str(out), shard, _key(shard, tokenizer))
         for shard in corpus.shards
     ]
-    progress = Progress("tokens", text_bytes // 1_000_000, "MB")
+    progress = Progress("tokens", len(jobs), "shard")
     shards: list[TokenShard] = []
     encode_seconds = 0.0
     for shard, seconds in in_order(encode_shard, jobs, min(workers, len(jobs))):
         shards.append(shard)
         encode_seconds += seconds
-        tokens = sum(s.tokens for s in shards)
-        progress.update(sum(s.text_bytes for s in shards) // 1_000_000, tokens=f"{tokens:,}")
+        progress.update(len(shards), tokens=f"{sum(s.tokens for s in shards):,}")
     _remove_stale(Path(out), shards)
     totals = {split: sum(s.tokens for s in shards if s.split == split) for split in ("train", "validation")}
     metrics = {
@@ -164,7 +163,8 @@ class TokenShards:
             for shard in shards:
                 self._require(shard, shard.size_bytes, checksum=True)
         elif verify:
-            threading.Thread(target=self._verify, daemon=True, name="token shard checksums").start()
+            self.checking = threading.Thread(target=self._verify, daemon=True, name="token shard checksums")
+            self.checking.start()
 
     @classmethod
     def open(cls, folder: str | Path, split: str, verify: bool = True) -> "TokenShards":

@@ -18,7 +18,9 @@ def read(path, column="text"):
 
 
 @given(
-    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30), max_size=30),
+    lines=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30), max_size=30
+    ),
     cut=st.integers(1, 60),
 )
 def test_pieces_give_each_line_once_wherever_they_are_cut(tmp_path_factory, lines, cut):
@@ -79,7 +81,9 @@ def test_a_file_named_twice_is_read_once(tmp_path):
 
 def test_missing_column_is_named_with_those_that_are_there(tmp_path):
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: corpus\.text_column = 'text': no such column. It has: content, id"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet: corpus\.text_column = 'text': no such column. It has: content, id"
+    ):
         read(tmp_path / "a.parquet")
 
 
@@ -132,7 +136,10 @@ def test_plain_text_that_is_not_utf8_is_named_with_its_offset(tmp_path):
     [
         (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at offset 30"),
         (b'{"text": "cut', "byte 17: this line is not JSON"),
-        (b'{"body": "b", "id": 1}', r"byte 17: corpus\.text_column = 'text': this line has no such key. It has: body, id"),
+        (
+            b'{"body": "b", "id": 1}',
+            r"byte 17: corpus\.text_column = 'text': this line has no such key. It has: body, id",
+        ),
         (b'["text"]', "this line holds a list. Each line must be one JSON object"),
         (b'{"text": 5}', "key 'text' holds a int. It must be a string"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
