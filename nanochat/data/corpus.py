@@ -157,7 +157,8 @@ def _all_units(settings: config.CorpusSettings, units: list[Unit], work: Path, t
     corpus = settings.corpus
     jobs = [Job(unit, str(work), text_column(corpus), settings.seed, threshold, corpus.shard_bytes) for unit in units]
     total = sum(unit.text_bytes for unit in units)
-    serial = total < SERIAL_BYTES and not any(unit.remote for unit in units)
+    # A mirror may not tell sizes; then there may be anything behind the names.
+    serial = total < SERIAL_BYTES and not any(unit.remote and not unit.remote.size_bytes for unit in units)
     workers = 1 if serial else min(cpus(), len(units))
     progress = Progress("corpus", len(units), "unit")
     results: list[Done] = []
