@@ -57,7 +57,14 @@ def training(numbers: Numbers, metrics: Mapping[str, dict], steps: Mapping[str, 
             if value is None and key in from_log:
                 value, method = from_log[key], f"{stage}/log.jsonl"
             numbers.add("training", stage, key, value, unit, device=device, method=method, missing=why)
-        numbers.add("training", stage, "device", device, method=f"{stage}/metrics.json")
+        for key in ("startup_seconds", "compile_seconds", "validation_seconds", "checkpoint_seconds"):
+            if key in metrics[stage]:
+                value = number(metrics[stage][key])
+                numbers.add("training", stage, key, value, "seconds", device=device, method=f"{stage}/metrics.json")
+        for key in ("device", "dtype", "compiled"):
+            value = metrics[stage].get(key)
+            value = value if isinstance(value, bool) else text(value)
+            numbers.add("training", stage, key, value, method=f"{stage}/metrics.json")
 
 
 def plans(numbers: Numbers, found: Mapping[str, dict], metrics: Mapping[str, dict]) -> None:

@@ -32,7 +32,7 @@ LOST = {
 }
 PARTS = (USEFUL, *LOST)
 
-# A log line is written a moment after the step that it tells of.
+# The clocks of two machines differ a little.
 SLACK_SECONDS = 2.0
 
 
@@ -128,6 +128,8 @@ def _steps_by_attempt(attempts: Sequence[Attempt], log: Sequence[Step]) -> dict[
 def _split(attempt: Attempt, steps: Sequence[Step], typical: float | None, superseded: bool) -> dict[str, float]:
     parts = dict.fromkeys(PARTS, 0.0)
     left = attempt.seconds
+    if superseded and attempt.stage in TRAINED and not any(step.survives for step in steps):
+        return parts | {"superseded": left}
 
     def give(part: str, seconds: float) -> None:
         # Clocks of two machines disagree a little; what an attempt held is the ledger's word.
@@ -147,16 +149,13 @@ def _split(attempt: Attempt, steps: Sequence[Step], typical: float | None, super
         give("failed" if attempt.is_failed or attempt.is_interrupted else "no_steps", left)
     elif attempt.is_failed:
         give("failed", left)
-    elif superseded and not any(step.survives for step in steps):
-        give("superseded", left)
     else:
-        give("checkpoints", sum(step.checkpoint_seconds for step in steps))
-        give("validation", sum(step.validation_seconds for step in steps))
+        give("checkpoints", sum(step.checkpoint_seconds or 0.0 for step in steps))
+        give("validation", sum(step.validation_seconds or 0.0 for step in steps))
         timed = [step for step in steps if step.ended is not None]
         if timed:
             first, last = timed[0], timed[-1]
-            before = first.ended - (first.seconds or 0.0) - first.validation_seconds - first.checkpoint_seconds
-            give("startup", before - attempt.started + compiling)
+            give("startup", first.ended - (first.seconds or 0.0) - attempt.started + compiling)
             if attempt.is_interrupted:
                 give("grace", attempt.ended - last.ended)
         else:

@@ -71,7 +71,7 @@ class Writer:
 
     def train(self, stage, first, last, *, started, startup, step_seconds, losses, total, every=50):
         """Log lines of steps first..last; returns the time at which the last one was done."""
-        clock, lines = started + startup, []
+        clock, lines, session = started + startup, [], {"attempt": None, "restart": self.random.random()}
         for step in range(first, last + 1):
             seconds = step_seconds * (8 if step == first else self.random.uniform(0.97, 1.03))
             clock += seconds
@@ -84,13 +84,12 @@ class Writer:
                 "time": clock,
                 "tokens_per_second": 524288 / seconds,
             }
+            lines.append({**line, "val_bpb": None, **session})
             if step % every == 0 or step == total:
-                line |= {"val_bpb": 0.30 * loss, "validation_seconds": 4 * step_seconds}
-                clock += line["validation_seconds"]
-                line |= {"checkpoint_seconds": 0.5}
-                clock += 0.5
-                line["time"] = clock
-            lines.append(line)
+                lines[-1]["val_bpb"] = 0.30 * loss
+                clock += 4 * step_seconds
+            elif step % every == 1 and step > first:
+                clock += 0.5  # a checkpoint
         self.lines(f"{stage}/log.jsonl", lines)
         return clock
 
