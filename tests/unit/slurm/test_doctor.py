@@ -1,0 +1,107 @@
+"""The doctor names what a cluster would refuse or never start, and what would be right."""
+
+import pytest
+from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, profile_requests
+from snakemake_executor_plugin_submitit.resources import Request
+
+
+@pytest.fixture
+def cluster():
+    return Cluster(
+        config={
+            "ClusterName": "artemis",
+            "AccountingStorageTRES": "cpu,mem,gres/gpu",
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageEnforce": "associations,limits,qos",
+        },
+        partitions={
+            "gpu": {
+                "PartitionName": "gpu",
+                "State": "UP",
+                "MaxTime": "08:00:00",
+                "DefaultTime": "01:00:00",
+                "MaxNodes": "2",
+            },
+            "general": {"PartitionName": "general", "State": "UP", "MaxTime": "2-00:00:00", "Default": "YES"},
+            "old": {"PartitionName": "old", "State": "DOWN", "MaxTime": "UNLIMITED", "AllowAccounts": "staff"},
+        },
+        gres={"gpu": "gpu:a100:4", "general": "(null)", "old": "gpu:v100:2"},
+        accounts={"lab"},
+        qos={"normal", "short"},
+        qos_walltime={"short": "00:10:00"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request(partition="gpux"), "no such partition: there are gpu, general, old"),
+        (
+            Request(partition="gpu", runtime_minutes=600),
+            "runtime = 600 min is over the 480 min of partition gpu: set runtime to 480",
+        ),
+        (Request(partition="gpu", gpus=8, runtime_minutes=5), "partition gpu has 4 a node: set nodes = 2"),
+        (Request(partition="gpu", gpus=1, gpu_model="h100", runtime_minutes=5), "partition gpu has a100: use a100"),
+        (Request(partition="general", gpus=1, runtime_minutes=5), "partition general has no GPUs"),
+        (Request(partition="gpu", gpus=12, nodes=3, runtime_minutes=5), "partition gpu allows 2"),
+        (Request(partition="old", runtime_minutes=5), "partition old is DOWN"),
+        (Request(partition="old", account="lab", runtime_minutes=5), "partition old does not take lab: it takes staff"),
+        (
+            Request(partition="gpu", account="other", runtime_minutes=5),
+            "slurm_account = other is not yours: yours: lab",
+        ),
+        (Request(partition="gpu", qos="long", runtime_minutes=5), "qos = long is not yours: yours: normal, short"),
+        (Request(partition="gpu", qos="short", runtime_minutes=30), "qos short allows 10 min"),
+    ],
+)
+def test_what_cannot_run_is_fatal(cluster, request_, words):
+    fatal = [str(finding) for finding in examine(cluster, {"base": request_}) if finding.level == "fatal"]
+    assert any(words in text for text in fatal), fatal
+
+
+def test_what_can_run_is_not(cluster):
+    requests = {
+        "base": Request(
+            partition="gpu", gpus=8, nodes=2, gpu_model="a100", runtime_minutes=480, account="lab", qos="normal"
+        ),
+        "report": Request(runtime_minutes=60),
+    }
+    assert [finding for finding in examine(cluster, requests) if finding.level == "fatal"] == []
+
+
+def test_a_cpu_stage_on_a_gpu_partition_is_pointed_out(cluster):
+    (finding,) = examine(cluster, {"report": Request(partition="gpu", runtime_minutes=5)})
+    assert (finding.level, finding.change) == ("warning", "use a CPU partition")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2-00:00:00", 2880),
+        ("08:00:00", 480),
+        ("30:00", 30),
+        ("00:10:00", 10),
+        ("UNLIMITED", None),
+        ("1-12", 2160),
+        ("90", 90),
+    ],
+)
+def test_walltimes(text, value):
+    assert minutes(text) == value
+
+
+def test_a_profile_is_read_as_snakemake_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_ACCOUNT", "lab")
+    (tmp_path / "config.yaml").write_text(
+        "default-resources:\n  - slurm_partition=general\n  - runtime=60\n"
+        "  - slurm_account=os.environ['MY_ACCOUNT']\n"
+        "set-resources:\n  base: {slurm_partition: gpu, gpu: 8, nodes: 2, runtime: 480}\nset-threads: {base: 16}\n"
+    )
+    request = profile_requests(tmp_path)["base"]
+    assert (request.partition, request.gpus_per_node, request.runtime_minutes, request.cpus) == ("gpu", 4, 480, 16)
+    assert request.account == "lab"
+
+
+def test_a_missing_profile_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such profile"):
+        profile_requests(tmp_path / "none")

@@ -1,0 +1,95 @@
+"""Snakemake's resources become sbatch parameters; contradictions are refused with rule, key, value and what would be right."""
+
+import pytest
+from snakemake_executor_plugin_submitit.resources import ENVIRONMENT, gres_gpus, read, slurm_parameters
+from submitit.slurm.slurm import _make_sbatch_string
+
+
+def script(resources: dict, threads: int = 1) -> str:
+    parameters = slurm_parameters(read("base", resources, threads), "base", ["PATH", "HOME"])
+    return _make_sbatch_string(command="run", folder="/shared/%j", **parameters)
+
+
+def test_every_word_reaches_sbatch():
+    text = script(
+        {
+            "slurm_partition": "gpu",
+            "slurm_account": "lab",
+            "qos": "long",
+            "constraint": "sxm4",
+            "runtime": 480,
+            "mem_mb": 256000,
+            "gpu": 8,
+            "gpu_model": "a100",
+            "nodes": 2,
+            "slurm_extra": "--exclude=node7 --mail-type END",
+        },
+        threads=16,
+    )
+    for flag in (
+        "--partition=gpu",
+        "--account=lab",
+        "--qos=long",
+        "--constraint=sxm4",
+        "--time=480",
+        "--mem=256000M",
+        "--gpus-per-node=a100:4",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=16",
+        "--exclude=node7",
+        "--mail-type=END",
+        "--requeue",
+        "--signal=USR2@120",
+        "--export=PATH,HOME",
+    ):
+        assert f"#SBATCH {flag}\n" in text
+    assert "wckey" not in text
+    assert "srun --unbuffered" in text
+    assert "--nodes=1 --ntasks=1 --cpus-per-task=16" in text
+
+
+def test_a_job_without_gpus_asks_for_none():
+    text = script({"runtime": 10})
+    assert "gpu" not in text
+    assert "gres" not in text
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpu": 3, "nodes": 2}, "resources.gpu = 3 does not divide by resources.nodes = 2: 2 or 4 would"),
+        ({"gpu": 1, "gres": "gpu:1"}, "resources.gres = 'gpu:1' and resources.gpu/gpu_model both ask for GPUs"),
+        ({"gpu_model": "a100"}, "resources.gpu_model = 'a100' without resources.gpu"),
+        ({"runtime": 0}, "resources.runtime = 0: must be a whole number, at least 1"),
+        ({"mem_mb": "lots"}, "resources.mem_mb = 'lots': must be a whole number"),
+        ({"slurm_extra": "--time=5"}, "--time is not allowed: use resources.runtime"),
+        ({"slurm_extra": "-p gpu"}, "-p is not allowed: use resources.slurm_partition"),
+        ({"slurm_extra": "--no-requeue"}, "--no-requeue is not allowed: the plugin sets it itself"),
+    ],
+)
+def test_contradictions_are_refused(resources, message):
+    with pytest.raises(ValueError, match="rule base: ") as error:
+        read("base", resources, 1)
+    assert message in str(error.value)
+
+
+def test_a_limit_that_clips_a_rules_gpus_is_refused():
+    with pytest.raises(
+        ValueError, match=r"resources.gpu = 8 was clipped to 2 by the profile's global `resources: gpu`"
+    ):
+        read("base", {"gpu": 2}, 1, declared={"gpu": 8})
+
+
+@pytest.mark.parametrize(("gres", "gpus"), [("gpu:a100:4", 4), ("gpu:2,lustre:1", 2), ("gpu", 1), ("lustre:1", 0)])
+def test_gres_counts_gpus(gres, gpus):
+    assert gres_gpus(gres) == gpus
+    assert read("base", {"gres": gres, "nodes": 2}, 1).gpus == 2 * gpus
+
+
+def test_no_secret_is_in_the_allow_list():
+    assert not [name for name in ENVIRONMENT if "TOKEN" in name or "KEY" in name or "SECRET" in name or "PASS" in name]
+
+
+def test_the_walltime_signal_leaves_room_in_a_short_job():
+    assert "--signal=USR2@15\n" in script({"runtime": 1})
