@@ -11,12 +11,14 @@ copy bandwidth, over the time of a step.
 """
 
 import statistics
+from collections.abc import Callable
 
 import torch
 
 from nanochat.benchmark.roofline import Rates, cached_step, recomputed_step, weight_bytes
 from nanochat.benchmark.timing import repeat, seconds_of, spread
 from nanochat.config import Benchmark
+from nanochat.errors import UserError
 from nanochat.hardware import GpuUtilization
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
@@ -28,26 +30,33 @@ from nanochat.progress import say
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 # Lengths at which recomputation is timed: all of them would be the square of the others' time.
 TIMED_LENGTHS = 8
+MEASURED = ("tokens_per_second", "ms_per_step", "floor_fraction", "outputs_equal", "predicted_tokens_per_second")
 BUDGET_SECONDS = {"cuda": 10.0, "cpu": 1.5}  # of one case at one batch size
 
 
 def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, compile: bool) -> list[dict]:
     """The rows of benchmark/kv_cache.json; `prompts` holds at least as many as the largest batch size."""
+    cases: dict[str, Callable[[list[list[int]]], dict]] = {}
+    cases["recompute_eager"] = lambda batch: _recompute_row(last_choice, model, batch, settings, rates)
+    if compile:
+        compiled = torch.compile(last_choice, dynamic=True)
+        cases["recompute_compiled"] = lambda batch: _recompute_row(compiled, model, batch, settings, rates)
+    cases["cache_eager"] = lambda batch: _cache_row(model, batch, settings, rates, graphs=False, compile=False)
+    if model.device.type == "cuda":
+        cases["cache_graph"] = lambda batch: _cache_row(model, batch, settings, rates, graphs=True, compile=compile)
     rows = []
-    compiled = torch.compile(last_choice, dynamic=True) if compile else None
     for batch_size in settings.batch_sizes:
-        batch = prompts[:batch_size]
-        rows.append(_recompute_row("recompute_eager", last_choice, model, batch, settings, rates))
-        if compiled is not None:
-            rows.append(_recompute_row("recompute_compiled", compiled, model, batch, settings, rates))
-        rows.append(_cache_row("cache_eager", model, batch, settings, rates, graphs=False, compile=False))
-        if model.device.type == "cuda":
-            rows.append(_cache_row("cache_graph", model, batch, settings, rates, graphs=True, compile=compile))
-        here = {row["case"]: f"{row['tokens_per_second']:,.0f}" for row in rows if row["batch_size"] == batch_size}
-        say(
-            "benchmark kv_cache",
-            f"{batch_size} rows: tokens/s " + ", ".join(f"{case} {rate}" for case, rate in here.items()),
-        )
+        rates_here = []
+        for case, run in cases.items():
+            head = {"case": case, "batch_size": batch_size}
+            try:
+                rows.append(head | run(prompts[:batch_size]))
+            except (UserError, torch.OutOfMemoryError) as error:
+                # One size that does not fit leaves the others their measurement.
+                rows.append(head | dict.fromkeys(MEASURED) | {"skipped": str(error).splitlines()[0]})
+                continue
+            rates_here.append(f"{case} {rows[-1]['tokens_per_second']:,.0f}")
+        say("benchmark kv_cache", f"{batch_size} rows: tokens/s " + ", ".join(rates_here))
     return rows
 
 
@@ -57,7 +66,7 @@ def last_choice(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, last_only=True)[:, -1].argmax(-1)
 
 
-def _recompute_row(case: str, step, model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
+def _recompute_row(step, model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
     """Timed at some lengths between the first and the last; a step costs their mean."""
     first, count = len(prompts[0]), min(TIMED_LENGTHS, settings.new_tokens)
     lengths = [first + round(i * (settings.new_tokens - 1) / max(1, count - 1)) for i in range(count)]
@@ -72,8 +81,6 @@ def _recompute_row(case: str, step, model: GPT, prompts: list[list[int]], settin
     step_seconds = statistics.mean(medians)
     predicted = statistics.mean(recomputed_step(model, len(prompts), length).seconds(rates) for length in lengths)
     return {
-        "case": case,
-        "batch_size": len(prompts),
         "tokens_per_second": len(prompts) / step_seconds,
         "ms_per_step": 1000 * step_seconds,
         "floor_fraction": weight_bytes(model) / rates.copy_bytes_per_second / step_seconds,
@@ -88,7 +95,6 @@ def _recompute_row(case: str, step, model: GPT, prompts: list[list[int]], settin
 
 
 def _cache_row(
-    case: str,
     model: GPT,
     prompts: list[list[int]],
     settings: Benchmark,
@@ -122,8 +128,6 @@ def _cache_row(
     predicted = recomputed_step(model, len(prompts), len(prompts[0])).seconds(rates) + (new - 1) * cost.seconds(rates)
     difference = first_difference(model, prompts, [completion.ids for completion in completions])
     return {
-        "case": case,
-        "batch_size": len(prompts),
         "tokens_per_second": len(prompts) * new / total,
         "ms_per_step": 1000 * step_seconds,
         "floor_fraction": cost.bytes / rates.copy_bytes_per_second / step_seconds if step_seconds > 0 else None,
