@@ -30,6 +30,7 @@ from nanochat.infer.engine import Engine
 from nanochat.model.files import load_model
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.progress import say
+from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
 NAMES = ("training", "kv_cache", "first_token")
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         settings = default_settings(device)
     started = time.monotonic()
-    compile = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    compile = wants_compile(settings.compile, device)
     notes: list[str] = []
     if compile and (reason := compiler_fails(device)):
         compile = False

@@ -25,6 +25,7 @@ from nanochat.data.packing import pack
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import Optimizer
 from nanochat.progress import say
+from nanochat.train.distributed import Gradients
 
 STUDY_BATCH_SIZE = 4
 LARGEST_BATCH_SIZE = 256
@@ -135,18 +136,20 @@ class TrainingStep:
     def __init__(self, model: GPT, rows: Rows, batch_size: int, micro_steps: int, compiled: bool):
         self.model, self.micro_steps = model.train(), micro_steps
         self.batches = rows.batches(batch_size, model.device)
+        self.gradients = Gradients(list(model.parameters()))
         self.optimizer = Optimizer(model, OptimizerSettings())
         self.loss = torch.compile(model, dynamic=False) if compiled else model
 
     def __call__(self) -> None:
         batches = [next(self.batches) for _ in range(self.micro_steps)]
+        self.gradients.zero()
         # One loss over the whole step, whatever the micro-batches: each target weighs the same.
         count = sum((targets >= 0).sum() for _, targets in batches).clamp_min(1)
         for inputs, targets in batches:
             (self.loss(inputs, targets, reduction="sum") / count).backward()
+        float(self.gradients.norm())  # the trainer looks at it before it updates: its one wait in a step
         # A scale of 0 does all the work of an update and leaves the weights, so that the cases start alike.
         self.optimizer.step(0, 0.0)
-        self.model.zero_grad(set_to_none=True)
 
 
 def _fastest_batch_size(model: GPT, rows: Rows) -> int:
