@@ -24,7 +24,8 @@ from nanochat.errors import UserError
 from nanochat.files import read_settings, write_json
 from nanochat.progress import say
 
-# Held-out text that the metrics are taken on.
+# Held-out text that the metrics are taken on, of each kind, and that the kinds are looked for in.
+SEARCHED_BYTES = 64_000_000
 MEASURED_BYTES = 2_000_000
 MEASURED_KINDS = 20
 # Shards that a sample of the training text is spread over, at least.
@@ -116,13 +117,11 @@ def measure(tokenizer: Tokenizer, corpus: Corpus) -> dict:
     """Bytes per token by kind of held-out text, and encode speed of one process."""
     texts: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    for document in corpus.documents("validation"):
+    for document in corpus.excerpt("validation", SEARCHED_BYTES, from_shards=32):
         size = sizes.get(document.kind, 0)
         if size < MEASURED_BYTES and (document.kind in texts or len(texts) < MEASURED_KINDS):
             texts.setdefault(document.kind, []).append(document.text)
             sizes[document.kind] = size + len(document.text.encode())
-        elif all(size >= MEASURED_BYTES for size in sizes.values()):
-            break
     encodings, missing = peers()
     encoders = {"nanochat": tokenizer.encode, "gpt2": None, "gpt4": None}
     encoders |= {name: encoding.encode_ordinary for name, encoding in encodings.items()}

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanochat.cli import main
-from nanochat.data import train_tokenizer
+from nanochat.data import corpus, train_tokenizer
 from nanochat.data.corpus_files import Corpus
 from nanochat.data.tokenizer import LONGEST_SPACE, PATTERN, SPECIAL_TOKENS, Tokenizer, segments
 from nanochat.data.train_tokenizer import learn, measure, sample
@@ -178,3 +178,13 @@ def test_the_pattern_is_gpt4s_but_for_the_digits():
         "ours", pat_str=PATTERN, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
     )
     assert ours.encode_ordinary("It's 12345 o'clock") == BYTES.encode("It's 12345 o'clock")
+
+
+def test_every_kind_of_held_out_text_is_measured(tmp_path, directory_settings, tokenizer, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "MEASURED_BYTES", 500)
+    for kind in ("letters", "poems", "laws"):
+        lines = [json.dumps({"text": f"{kind} number {i} " * 10}) + "\n" for i in range(200)]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
+    corpus.build(directory_settings(tmp_path), tmp_path / "out")
+    metrics = measure(tokenizer, Corpus.open(tmp_path / "out"))
+    assert metrics["bytes_per_token"].keys() == {"letters", "poems", "laws", "all"}
