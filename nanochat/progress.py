@@ -28,13 +28,14 @@ class Progress:
         self.first, self.started, self.shown = done, time.monotonic(), -1e9
 
     def update(self, done: int, **values: float | str) -> None:
-        """Show `done` of the total and the values: numbers with four digits, strings as they are."""
+        """Show `done` of the total and the values: numbers with four digits, `tokens_per_second` as 12,345 tokens/s,
+        strings as they are."""
         now = time.monotonic()
         if now - self.shown < self.every_seconds and done < self.total:
             return
         self.shown = now
         parts = [f"{self.stage}  {self.unit} {done:,}/{self.total:,}"]
-        parts += [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in values.items()]
+        parts += [_shown(name, value) for name, value in values.items()]
         if done > self.first:
             left = (now - self.started) / (done - self.first) * (self.total - done)
             parts.append(f"{clock(left)} left" if done < self.total else f"{clock(now - self.started)} taken")
@@ -55,3 +56,9 @@ def clock(seconds: float) -> str:
     seconds = round(seconds)
     hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _shown(name: str, value: float | str) -> str:
+    if name == "tokens_per_second" and not isinstance(value, str):
+        return f"{value:,.0f} tokens/s"
+    return f"{name} {value if isinstance(value, str) else f'{value:.4g}'}"

@@ -123,7 +123,7 @@ class Optimizer:
         """Take over what `state_dict` gave. Raises UserError when it is of another model."""
         expected = {f"{name}.momentum" for name in self.parameters if self._momentum_of(name)}
         expected |= {f"{name}.{key}" for name in self.adam_rates for key in ("exp_avg", "exp_avg_sq", "step")}
-        if state.keys() - expected or expected - state.keys() and any(".exp_avg" in key for key in state):
+        if state.keys() - expected or (expected - state.keys() and any(".exp_avg" in key for key in state)):
             differing = sorted(state.keys() ^ expected)
             raise UserError(f"optimizer state: {differing[0]}: it is that of another model.")
         for name, parameter in self.parameters.items():

@@ -1,0 +1,1 @@
+"""One trainer for base, mid and sft; its checkpoints, ranks, signals and batch-size plans."""
