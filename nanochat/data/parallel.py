@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +33,8 @@ def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers:
         yield from map(function, tasks)
         return
     # spawn: forking a process whose libraries run threads (Arrow, tokenizers) can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     pending: list[Future[Result]] = []
     try:
         pending = [pool.submit(function, task) for task in itertools.islice(tasks, 2 * workers)]
@@ -46,3 +48,15 @@ def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers:
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever: it ends when the parent does."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
