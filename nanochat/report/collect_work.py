@@ -217,7 +217,8 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
         section = f"benchmark_{name}"
         for key in ("device", "torch", "commit", "dtype", "command", "notes"):
             why = "nothing to say" if key == "notes" else None
-            numbers.add(section, "about", key, text(content.get(key)), method=f"benchmark/{name}.json", missing=why)
+            value = commit(content) if key == "commit" else text(content.get(key))
+            numbers.add(section, "about", key, value, method=f"benchmark/{name}.json", missing=why)
         for index, row in enumerate(content["rows"]):
             label = f"{index + 1}"
             numbers.add(section, label, "case", text(row.get("case")))
@@ -347,12 +348,16 @@ def measured(numbers: Numbers, metrics: Mapping[str, dict], found: Mapping[str, 
     for name, content in [*metrics.items(), *((f"benchmark {key}", value) for key, value in found.items())]:
         if not content:
             continue
-        for key in ("device", "gpus", "torch", "commit"):
-            value = content.get(key)
-            numbers.add(
-                "measured",
-                name,
-                key,
-                value if isinstance(value, int) else text(value),
-                "count" if key == "gpus" else "text",
-            )
+        for key in ("device", "torch"):
+            numbers.add("measured", name, key, text(content.get(key)))
+        numbers.add("measured", name, "gpus", number(content.get("gpus")), "count", method="as the stage saw them")
+        numbers.add("measured", name, "commit", commit(content))
+
+
+def commit(content: Mapping[str, Any]) -> str | None:
+    """The code's commit, short; `-dirty` where files were changed since."""
+    full = text(content.get("commit"))
+    if full is None:
+        return None
+    digest, _, state = full.partition("-")
+    return digest[:10] + (f"-{state}" if state else "")

@@ -15,13 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from nanochat.files import whole_file
 from nanochat.report.collect import Collected
 from nanochat.report.collect_work import probes
 from nanochat.report.cost import LOST, USEFUL
-from nanochat.report.numbers import amount, duration
+from nanochat.report.numbers import amount, duration, hours
 from nanochat.report.read import number
 from nanochat.report.steps import TRAINED, surviving
 
@@ -106,11 +106,8 @@ def loss(found: Collected) -> Figure:
         held_out = [(step.step, step.val_bpb) for step in steps if step.val_bpb is not None]
         below.plot(*zip(*held_out, strict=True) if held_out else ((), ()), color=colour, marker="o", markersize=4)
         if held_out:
-            last = held_out[-1]
-            below.annotate(
-                f"{last[1]:.3f}", last, (0, 7), textcoords="offset points", ha="right", fontsize=9, color=colour
-            )
-            below.margins(y=0.25)
+            # Above the frame, where no curve can run through it.
+            below.set_title(f"last {held_out[-1][1]:.3f}", loc="right", fontsize=9, fontweight="normal", color=colour)
         else:
             _say(below, "no validation\nin the log")
         for restart in _restarts(found, stage):
@@ -215,8 +212,7 @@ def cost(found: Collected) -> Figure:
         left = [before + value for before, value in zip(left, values, strict=True)]
         used[labels[part]] = (colour, None)
     for row, total in enumerate(left):
-        text = f"{total:,.2f}" if max(left) >= 10 else f"{total:.3f}"
-        axis.text(total + max(left) / 150, row, text, va="center", fontsize=8.5, color="#555555")
+        axis.text(total + max(left) / 150, row, hours(total), va="center", fontsize=8.5, color="#555555")
     axis.set_yticks(range(len(stages)), stages)
     axis.set_ylim(len(stages) - 0.4, -0.6)
     axis.set_xlim(0, max(left) * 1.1)
@@ -270,8 +266,10 @@ def kv_cache(found: Collected) -> Figure:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [amount(size) for size in sizes])
-    axis.minorticks_off()
     axis.margins(x=0.09, y=0.12)
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.minorticks_off()
     axis.yaxis.set_major_formatter(THOUSANDS)
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("rows decoded side by side")

@@ -102,6 +102,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02} h"
 
 
+def hours(value: float) -> str:
+    """0, 0.0123, 1.234, 1,234.50: a run takes minutes on a laptop and weeks of GPU time on a cluster."""
+    return "0" if value == 0 else f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 10 else f"{value:,.2f}"
+
+
 def size(count: float) -> str:
     """Bytes, decimal: 999 bytes, 1.25 MB, 80 GB."""
     if abs(count) < 1000:
@@ -132,7 +137,7 @@ FORMATS = {
     "count": lambda value: f"{value:,.0f}",
     "tokens/s": lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
     "bytes/s": lambda value: f"{size(value)}/s",
-    "hours": lambda value: f"{value:,.2f}" if value >= 10 else f"{value:.3f}",
+    "hours": hours,
     "nats/token": lambda value: f"{value:.3f}",
     "bits/byte": lambda value: f"{value:.3f}",
     "bytes/token": lambda value: f"{value:.2f}",

@@ -220,7 +220,7 @@ def block(speaker: str, value: Any) -> str:
     for line in str(value if value is not None else DASH).replace("\r", "").strip().split("\n"):
         shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
         lines += textwrap.wrap(shown, 100, drop_whitespace=False) or [""]
-    return "\n".join(f"    {speaker if not index else '':8}{line}" for index, line in enumerate(lines))
+    return "\n".join(f"    {'' if index else speaker:9}{line}" for index, line in enumerate(lines))
 
 
 def render(content: Mapping[str, Any]) -> str:
