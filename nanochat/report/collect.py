@@ -206,7 +206,8 @@ def _cost(found: Collected, cost: Cost) -> None:
             f"charged x (1 - mean utilisation by NVML), over {stages}; cuts across the split above",
         )
     else:
-        add("idle", None, "charged x (1 - mean utilisation)", missing="utilisation is measured on GPUs only")
+        why = "utilisation is measured on GPUs only" if resource == "CPU" else "no stage recorded its GPUs' utilisation"
+        add("idle", None, "charged x (1 - mean utilisation)", missing=why)
 
     wait = waits(found.attempts).values()
     for key, index, method in (

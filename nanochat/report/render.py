@@ -288,8 +288,9 @@ def headline_lines(report: Report) -> list[str]:
         )
         # A price of 0 for a CPU-hour is a price, too: say so rather than print a bare 0.
         prices = f"{run('gpu_hour_price')} a GPU-hour, {run('cpu_hour_price')} a CPU-hour without GPU"
+        goodput = report.show("goodput", "goodput_training", "share")
         lines.append(
-            f"Cost: {run('gpu_hours')} GPU-hours, {run('cpu_hours')} CPU-hours, {run('money')} at {prices}; "
-            f"goodput of training {report.show('goodput', 'goodput_training', 'share')}."
+            f"Cost: {run('gpu_hours')} GPU-hours, {run('cpu_hours')} CPU-hours, {run('money')} at {prices}"
+            + (f"; goodput of training {goodput}." if goodput != DASH else ".")
         )
     return lines
