@@ -151,10 +151,12 @@ def identity(material: Material, count: int | None, stream: random.Random) -> It
                 yield f"identity {subject} {asked}", _dialogue(asked, reply)
 
 
-def read_jsonl(path: str | None) -> list[tuple[str, list[Message]]]:
-    """A JSON list of {role, content} on each line. UserError names the line."""
+def read_jsonl(path: str | None, setting: str = "mixture.path") -> list[tuple[str, list[Message]]]:
+    """A JSON list of {role, content} on each line. UserError names the line, or the setting."""
     if not path:
-        raise UserError("mixture: name = jsonl: it needs a path. For example {name: jsonl, path: chats.jsonl}.")
+        raise UserError(
+            f"{setting} = null: a source of name jsonl needs a path. For example {{name: jsonl, path: chats.jsonl}}."
+        )
     found = []
     try:
         with open(path, "rb") as file:
@@ -173,9 +175,7 @@ def read_jsonl(path: str | None) -> list[tuple[str, list[Message]]]:
                 asked = [text_of(message) for message in messages if message["role"] == "user"]
                 found.append((normal(asked[0]), messages))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); mixture: name = jsonl names it as its path."
-        ) from None
+        raise UserError(f"{setting} = {path!r}: cannot be read: {error.strerror}. Name a file.") from None
     if not found:
         raise UserError(f"{path}: holds no conversation. Each line is a JSON list of {{role, content}}.")
     return found

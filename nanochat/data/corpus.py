@@ -22,7 +22,7 @@ from nanochat.data.corpus_files import Shard, as_line, read_shard, write_shards
 from nanochat.data.parallel import cpus, in_order
 from nanochat.data.text_files import Document, Piece, all_pieces, documents, expand, pieces_of
 from nanochat.errors import UserError
-from nanochat.files import read_json, read_settings, write_json
+from nanochat.files import read_json, read_settings, sha256, write_json
 from nanochat.progress import Progress, say
 
 BUNDLED = Path(__file__).parent / "bundled" / "sotu.parquet"
@@ -283,12 +283,14 @@ def _key(settings: config.CorpusSettings) -> dict:
 
 
 def _complete(out: Path, work: Path, key: dict) -> bool:
-    """Whether an earlier run with the same key has finished and its shards are all there; the manifest is put back if lost."""
+    """Whether an earlier run with the same key has finished and its shards are whole; the manifest is put back if lost."""
     known = _read(work / "complete.json")
     if not known or known["key"] != key:
         return False
-    if any(_size(out / line["file"]) != line["size_bytes"] for line in known["manifest"]["shards"]):
-        return False
+    for line in known["manifest"]["shards"]:
+        path = out / line["file"]
+        if _size(path) != line["size_bytes"] or sha256(path) != line["sha256"]:
+            return False
     if _read(out / "manifest.json") != known["manifest"]:
         write_json(out / "manifest.json", known["manifest"])
     return True

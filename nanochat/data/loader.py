@@ -43,7 +43,7 @@ class PretrainLoader:
             )
         if seed is not None and self.rows_per_epoch < rows_per_step:
             raise UserError(
-                f"config.yaml: train.base.tokens_per_step = {rows_per_step * sequence_length}: {shards.folder} holds "
+                f"train.base.tokens_per_step = {rows_per_step * sequence_length}: {shards.folder} holds "
                 f"{self.rows_per_epoch * sequence_length:,} tokens to train on, less than one step. Give more text or a smaller step."
             )
 

@@ -28,12 +28,15 @@ BYTES_PER_TOKEN = 16
 
 
 def preflight(settings: config.Config) -> None:
-    """Raise UserError for text that is missing, damaged or too little for the settings."""
+    """Raise UserError for text that is missing, damaged or too little for the settings.
+
+    A message begins with the file that is wrong, or with `key = value`: who knows which file sets the key puts it in front.
+    """
     corpus = settings.corpus
-    for stage in (settings.train.mid, settings.train.sft):
-        for source in stage.mixture:
+    for stage in ("mid", "sft"):
+        for i, source in enumerate(getattr(settings.train, stage).mixture):
             if source.name == "jsonl" and not (source.path and _big(source.path)):
-                read_jsonl(source.path)
+                read_jsonl(source.path, f"train.{stage}.mixture.{i}.path")
     if corpus.source == "huggingface":
         return  # Nothing is here yet, and the network may be closed on this machine.
     pieces = local_pieces(corpus)
@@ -99,10 +102,10 @@ def _judge(settings: config.Config, train: list[str], held: list[str]) -> None:
     corpus, base = settings.corpus, settings.train.base
     where = f"corpus.paths = {corpus.paths}" if corpus.source == "directory" else f"corpus.source = {corpus.source}"
     if not train and not held:
-        raise UserError(f"config.yaml: {where}: holds no text. Give at least two documents.")
+        raise UserError(f"{where}: holds no text. Give at least two documents.")
     if not train or not held:
         raise UserError(
-            f"config.yaml: corpus.validation_fraction = {corpus.validation_fraction}: of {len(train) + len(held)} documents "
+            f"corpus.validation_fraction = {corpus.validation_fraction}: of {len(train) + len(held)} documents "
             "that leaves no text to train on. Give more documents or a smaller fraction."
         )
     _require_tokens(held, len(held) + sum(len(text.encode()) for text in held), settings)
@@ -111,7 +114,7 @@ def _judge(settings: config.Config, train: list[str], held: list[str]) -> None:
     tokens = sum(1 + len(tokenizer.encode(text)) for text in train)
     if tokens < base.tokens_per_step + 1:
         raise UserError(
-            f"config.yaml: train.base.tokens_per_step = {base.tokens_per_step}: the text gives only {tokens:,} tokens to "
+            f"train.base.tokens_per_step = {base.tokens_per_step}: the text gives only {tokens:,} tokens to "
             f"train on, less than one step. Give more text, or {tokens - 1:,} tokens a step at most."
         )
 
@@ -121,7 +124,7 @@ def _require_tokens(held: list[str], tokens: int, settings: config.Config) -> No
     length = settings.train.base.sequence_length
     if tokens < length + 1:
         raise UserError(
-            f"config.yaml: corpus.validation_fraction = {settings.corpus.validation_fraction}: holds out {len(held)} documents of "
+            f"corpus.validation_fraction = {settings.corpus.validation_fraction}: holds out {len(held)} documents of "
             f"at most {tokens:,} tokens, one validation row needs train.base.sequence_length + 1 = {length + 1:,}. "
             "Give more text, a larger fraction or shorter rows."
         )

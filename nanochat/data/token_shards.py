@@ -122,7 +122,7 @@ def encode_shard(job: Job) -> tuple[TokenShard, float]:
     known = _record(record)
     if known and known["key"] == job.key and path.exists() and index.exists():
         shard = TokenShard(**known["shard"])
-        if path.stat().st_size == shard.size_bytes:
+        if path.stat().st_size == shard.size_bytes and sha256(path) == shard.sha256:
             return shard, known["seconds"]
     started = time.perf_counter()
     tokenizer = _tokenizer(job.tokenizer)

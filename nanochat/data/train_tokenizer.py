@@ -89,7 +89,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 def too_large(vocab_size: int, achievable: int, at_most: bool = False) -> UserError:
     """The error for a vocabulary that the text cannot give."""
     return UserError(
-        f"config.yaml: tokenizer.vocab_size = {vocab_size}: the training text gives {'at most ' if at_most else ''}"
+        f"tokenizer.vocab_size = {vocab_size}: the training text gives {'at most ' if at_most else ''}"
         f"{achievable:,} entries. Give {achievable} or less, or more text."
     )
 

@@ -205,9 +205,9 @@ def test_what_is_wrong_in_ones_own_conversations_is_named(tmp_path, line, messag
 
 
 def test_a_jsonl_source_without_a_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="name = jsonl: it needs a path"):
+    with pytest.raises(UserError, match=r"mixture\.path = null: a source of name jsonl needs a path"):
         read_jsonl(None)
-    with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"mixture\.path = '.*nowhere\.jsonl': cannot be read: No such file"):
         read_jsonl(str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl: holds no conversation"):

@@ -129,6 +129,17 @@ def test_a_complete_corpus_is_left_alone_and_a_lost_manifest_comes_back(tmp_path
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
 
 
+def test_a_damaged_shard_is_made_again_by_the_stage(tmp_path, directory_settings):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)])
+    settings = directory_settings(tmp_path / "a.jsonl")
+    corpus.build(settings, tmp_path / "out")
+    shard = tmp_path / "out/train-00000.parquet"
+    good = shard.read_bytes()
+    shard.write_bytes(bytes([*good[:200], good[200] ^ 1, *good[201:]]))
+    corpus.build(settings, tmp_path / "out")
+    assert shard.read_bytes() == good
+
+
 def test_other_settings_leave_no_shard_of_the_earlier_ones(tmp_path, directory_settings):
     write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 50 for i in range(200)])
     corpus.build(directory_settings(tmp_path / "a.jsonl", shard_bytes=5_000), tmp_path / "out")

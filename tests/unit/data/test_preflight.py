@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import config
+from nanochat.config_files import name_origin
 from nanochat.data import corpus
 from nanochat.data import preflight as module
 from nanochat.data.corpus_files import Corpus
@@ -156,6 +157,19 @@ def test_conversations_of_ones_own_are_read_too(folder, tmp_path):
     bad = good.model_copy(update={"train": good.train.model_copy(update={"sft": config.Sft(mixture=mixture)})})
     with pytest.raises(UserError, match=r"line 1: message 2 is of role 'user' where 'assistant' must follow"):
         preflight(bad)
+
+
+def test_a_message_about_a_setting_begins_with_it_so_that_its_file_can_be_named(folder):
+    for bad in (
+        settings(folder, vocab_size=5000),
+        settings(folder, sequence_length=4096, tokens_per_step=4096),
+        settings(folder, tokens_per_step=100_000),
+        settings(folder / "nowhere"),
+    ):
+        with pytest.raises(UserError) as caught:
+            preflight(bad)
+        assert name_origin(str(caught.value), []) != str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_huggingface_is_not_asked(monkeypatch):

@@ -52,15 +52,16 @@ def test_two_processes_give_the_same_bytes(corpus_folder, tokenizer_folder, toke
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_what_is_done_is_not_done_again(corpus_folder, tokenizer_folder, copied):
-    shards = sorted(copied.glob("train-*.bin"))
-    kept, lost = shards[0], shards[1]
-    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+def test_what_is_done_is_not_done_again_unless_lost_or_damaged(corpus_folder, tokenizer_folder, copied):
+    kept, lost, damaged = sorted(copied.glob("train-*.bin"))[:3]
+    before, content, good = kept.stat().st_mtime_ns, lost.read_bytes(), damaged.read_bytes()
     lost.unlink()
+    damaged.write_bytes(good[:-2] + bytes([good[-2] ^ 1, good[-1]]))
     (copied / "metrics.json").unlink()
     build(corpus_folder, tokenizer_folder, copied, workers=1)
     assert kept.stat().st_mtime_ns == before
     assert lost.read_bytes() == content
+    assert damaged.read_bytes() == good
     TokenShards.open(copied, "train")
 
 
