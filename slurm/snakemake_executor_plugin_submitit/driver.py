@@ -145,7 +145,8 @@ class Driver:
             "folder": os.path.relpath(submission.folder, self.workdir),
             "pid": None,
         }
-        submission.command = command
+        submission.command, submission.first_submitted = command, time.time()
+        submission.notes = {}
         self.cluster.submit(allocation, submission)
         submission.record["eligible"] = submission.record["submitted"]
         self.running[submission.job_id] = submission
@@ -176,7 +177,7 @@ class Driver:
         """Bring one submission's record up to date; its outcome when it ended for good."""
         self._follow_requeues(submission, seen)
         self._note(submission, seen)
-        if seen.never_starts:
+        if seen.never_starts or seen.launch_failed:
             return self._refuse_to_wait(submission, seen)
         if seen.state not in ledger.FINAL:
             return None
@@ -225,13 +226,22 @@ class Driver:
             ledger.append(self.ledger, record)
 
     def _refuse_to_wait(self, submission: Submission, seen: Observation) -> Outcome | None:
-        """Cancel a job that would wait for ever. Twice seen, since a reason can be stale for a moment."""
+        """Cancel a job that would wait for ever; one that a node would not start goes to another node.
+
+        Twice seen, since a reason can be stale for a moment.
+        """
         if submission.notes.setdefault("never starts", self._asked) == self._asked:
             return None
         self.cluster.cancel([submission])
         ended = Observation("CANCELLED", seen.reason, ended=time.time(), restart=submission.restart)
         self._finish(submission, ended, {})
         self.running.pop(submission.job_id, None)
+        if seen.launch_failed:
+            decision = decide("NODE_FAIL", None, None, False, submission.resubmitted, seen.reason)
+            if decision.action == "resubmit":
+                self._resubmit(submission, decision)
+                return None
+            return Outcome(False, self._message(submission, decision), True)
         decision = Decision("give_up", "never_starts", f"it would wait for ever ({seen.reason}): {seen.never_starts}")
         return Outcome(False, self._message(submission, decision), True)
 
@@ -239,7 +249,7 @@ class Driver:
         count = submission.resubmitted[decision.kind] = submission.resubmitted.get(decision.kind, 0) + 1
         old = submission.job_id
         if decision.avoid_nodes:
-            submission.request = submission.request.without_nodes(submission.record.get("node_names") or [])
+            submission.request = submission.request.without_nodes(submission.last_nodes)
         if decision.memory_factor != 1:
             submission.request = submission.request.with_memory(decision.memory_factor)
         # The stage may act on why it runs again: after a CUDA out-of-memory it plans with a larger margin.
@@ -254,6 +264,7 @@ class Driver:
         status = exits.read_status(submission.folder, submission.restart) or {}
         started = seen.started or status.get("started")
         record["node_names"] = seen.nodes or record["node_names"]
+        submission.last_nodes = record["node_names"] or submission.last_nodes
         record["eligible"] = seen.eligible or record["eligible"]
         record["reason"] = seen.reason
         record["gpu_type"] = status.get("gpu_type") or seen.gpu_type or record["gpu_type"]
@@ -283,7 +294,7 @@ class Driver:
         if not self.unsettled or not (at_once or time.monotonic() - self._accounted > ACCOUNT_SECONDS):
             return
         self._accounted = time.monotonic()
-        runs = self.cluster.account([record for _, record in self.unsettled])
+        runs = self.cluster.account([submission for submission, _ in self.unsettled])
         left = []
         for submission, record in self.unsettled:
             past = runs.get(record["job_id"], [])
@@ -357,12 +368,16 @@ class Driver:
 
     def _recover(self) -> None:
         """Look at what a driver that died left behind: account for what ended, remember what can be adopted."""
-        open_records = [record for record in ledger.read_attempts(self.ledger) if ledger.is_open(record)]
+        records = ledger.read_attempts(self.ledger)
+        open_records = [record for record in records if ledger.is_open(record)]
         submissions = [
             Submission(record, resources.Request(), Path(self.workdir, record["folder"]), Path())
             for record in open_records
             if record["cluster"] == self.cluster.name and record["folder"] and record["job_id"]
         ]
+        for submission in submissions:
+            runs = [record["submitted"] for record in records if record["job_id"] == submission.job_id]
+            submission.first_submitted = min(runs)
         seen = self.cluster.observe(submissions) if submissions else {}
         for submission in submissions:
             observation = seen.get(submission.job_id, Observation())

@@ -66,3 +66,8 @@ def read_status(folder: str | os.PathLike, restart: int) -> dict | None:
         return json.loads(status_path(folder, restart).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def node_exit_path(ranks: Path, node: int) -> Path:
+    """Where node `node` of a job on several nodes leaves the exit code of its ranks."""
+    return ranks.with_name(f"{ranks.stem}-node-{node}")

@@ -109,6 +109,8 @@ class Allocation:
         signals = Signals()
         _adopt_orphans()
         restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0) if self.cluster == "slurm" else 0
+        if self.cluster == "slurm" and int(os.environ.get("SLURM_PROCID") or 0) > 0:
+            return self._help(restart, signals)
         job_id = os.environ["SLURM_JOB_ID"] if self.cluster == "slurm" else self.job_id
         status = Status(job_id, restart, new_token(self.token_file, job_id, restart))
         self._write(status)
@@ -134,6 +136,28 @@ class Allocation:
                 status.exit_code
             )  # no exception: the driver reads the status, sacct shows the true exit code
         return asdict(status)
+
+    def _help(self, restart: int, signals: "Signals") -> dict:
+        """The part of the second and further nodes: run the ranks that `nanochat-launch` asks for on the first one.
+
+        A nested srun would do it too, but it answers the SIGTERM of a preemption by killing all ranks at once.
+        """
+        node = int(os.environ["SLURM_PROCID"])
+        plan = ranks_path(self.folder, restart)
+        ranks = None
+        while (exits.read_status(self.folder, restart) or {}).get("state") != "ended":
+            if ranks is None and plan.exists():
+                asked = json.loads(plan.read_text())
+                own = {name: value for name, value in os.environ.items() if name.startswith(("SLURM", "CUDA_VISIBLE"))}
+                ranks = subprocess.Popen(
+                    asked["command"], cwd=self.workdir, env={**asked["environment"], **own}, start_new_session=True
+                )
+            for received in signals.wait(1.0):
+                _signal_all(_descendants(), received)
+            if ranks and ranks.poll() is not None and not (code := exits.node_exit_path(plan, node)).exists():
+                exits.write_whole(code, str(ranks.returncode))
+        _end_descendants(EXIT_GRACE_SECONDS)
+        return {}
 
     @property
     def _cpu_folder(self) -> Path:
@@ -176,6 +200,8 @@ class Allocation:
     def _start(self, status: Status, exit_codes: Path) -> subprocess.Popen:
         environment = {**os.environ, **self.environment}
         environment |= {"ATTEMPT_TOKEN": status.token, "ATTEMPT_TOKEN_FILE": self.token_file}
+        if int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) > 1 and self.cluster == "slurm":
+            environment["LAUNCH_RANKS"] = str(ranks_path(self.folder, status.restart))
         if self.cluster == "local":
             # submitit hides all GPUs from a job that asked for none, and gives every other one the first ones.
             _set(environment, "CUDA_VISIBLE_DEVICES", self.original_cuda_visible_devices)
@@ -225,9 +251,11 @@ class Allocation:
 class Signals:
     """SIGTERM, SIGUSR2 and SIGINT as a queue to read, in place of submitit's handlers; a child's end wakes the reader too."""
 
+    HEARD = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # submitit also catches SIGCONT, which says nothing here
+
     def __init__(self):
         self._read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGCHLD):
+        for number in (*self.HEARD, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.siginterrupt(signal.SIGCHLD, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -237,7 +265,7 @@ class Signals:
         if not select.select([self._read], [], [], seconds)[0]:
             return []
         received = os.read(self._read, 4096)
-        return [number for number in dict.fromkeys(received) if number != signal.SIGCHLD]
+        return [number for number in dict.fromkeys(received) if number in self.HEARD]
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises GivenUp when asked to stop."""
@@ -251,6 +279,11 @@ def new_token(token_file: str, job_id: str, restart: int) -> str:
     token = f"{number:08d}-{job_id}-{restart}"
     exits.write_whole(token_file, token)
     return token
+
+
+def ranks_path(folder: str, restart: int) -> Path:
+    """Where the launcher on the first node says what the other nodes shall run."""
+    return Path(folder) / f"ranks-{restart}.json"
 
 
 def newest_step(log: str | None, tail_bytes: int = 65536) -> int | None:

@@ -3,7 +3,8 @@
 Which ranks there are is read from the allocation, so the same rule runs under any executor, or by hand:
 - at most one GPU on one node: CMD replaces this process;
 - several GPUs on a node: torchrun starts CMD once per GPU;
-- several nodes: srun starts one torchrun per node, and they find each other at the first node.
+- several nodes: one torchrun per node, and they find each other at the first one. The plugin's jobs wait on every node for
+  what to run; elsewhere srun starts it (but srun kills its ranks at SIGTERM, so a preemption then costs a checkpoint interval).
 On CPUs there is one rank per node unless --ranks-per-node says otherwise.
 
 The exit code is that of the rank that failed first. torchrun itself would answer SIGTERM by ending its ranks at once, and
@@ -11,10 +12,14 @@ whatever happened exit 1; here a rank decides about both signals by itself, sinc
 """
 
 import argparse
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 from . import exits, slots
 
@@ -99,24 +104,43 @@ def _is_first_node() -> bool:
 
 
 def _all_nodes(nodes: int, arguments: argparse.Namespace, command: list[str]) -> int:
-    """One launcher per node, in a step that shares the allocation with the step that we are in."""
-    first = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    ).stdout.split()[0]
-    address = _address(first)
+    """Start this launcher again on every node, this one included."""
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
-    port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(restart)) % 10000
+    address = _address(os.environ.get("SLURMD_NODENAME") or os.uname().nodename)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
     os.environ |= {"LAUNCH_NODE": "1", "LAUNCH_ENDPOINT": f"{address}:{port}"}
     os.environ |= {"LAUNCH_ID": f"{os.environ['SLURM_JOB_ID']}-{restart}"}
-    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
-    if os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not inherit it
-        step += [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"]
     inner = [sys.executable, "-m", "snakemake_executor_plugin_submitit.launch", f"--nodes={nodes}"]
     inner += [f"--gpus={arguments.gpus}"] if arguments.gpus else []
     inner += [f"--ranks-per-node={arguments.ranks_per_node}"] if arguments.ranks_per_node else []
-    # srun would end its tasks at SIGTERM; SLURM signals the ranks' own step as well.
+    inner += ["--", *command]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return subprocess.run([*step, *inner, "--", *command]).returncode
+    if os.environ.get("LAUNCH_RANKS"):
+        return _with_helpers(nodes, inner, Path(os.environ["LAUNCH_RANKS"]))
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
+    if os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not inherit it
+        step += [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"]
+    return subprocess.run([*step, *inner]).returncode
+
+
+def _with_helpers(nodes: int, inner: list[str], ranks: Path) -> int:
+    """Let the jobs that wait on the other nodes run `inner` too; the exit code of the node that failed first."""
+    exits.write_whole(ranks, json.dumps({"command": inner, "environment": dict(os.environ)}))
+    here = subprocess.Popen(inner)
+    while here.poll() is None:
+        time.sleep(0.5)
+        for node in range(1, nodes):
+            path = exits.node_exit_path(ranks, node)
+            code = int(path.read_text()) if path.exists() else 0
+            if code:
+                try:  # with its peer gone this node's ranks fail too, or save; those that wait for ever are ended
+                    here.wait(60)
+                except subprocess.TimeoutExpired:
+                    here.kill()
+                return 128 - code if code < 0 else code
+    return 128 - here.returncode if here.returncode < 0 else here.returncode
 
 
 def _address(node: str) -> str:

@@ -237,7 +237,7 @@ def extra_flags(rule: str, text: str) -> dict[str, str | bool]:
 
 def slurm_parameters(request: Request, name: str, environment: list[str]) -> dict:
     """Parameters for submitit's SlurmExecutor; `environment`: names of the variables that the job gets to see."""
-    task = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={request.cpus}"]  # one launcher, also on several nodes
+    task = [f"--cpus-per-task={request.cpus}"]  # since 22.05 srun does not inherit it
     extra: dict = {"requeue": True, "export": ",".join(environment), **request.extra}
     if request.gpus and not request.gres:
         count = request.gpus_per_node

@@ -85,10 +85,10 @@ class SlurmCluster:
         seen = {submission.job_id: by_status_file(submission) for submission in submissions}
         return {job_id: observation for job_id, observation in seen.items() if observation}
 
-    def account(self, records: list[dict]) -> dict[str, list[Observation]]:
-        """What the accounting says of these attempts' job ids, one observation per run; empty while it does not answer."""
-        since = min(record["submitted"] for record in records)
-        return self.status.sacct(sorted({record["job_id"] for record in records}), since) or {}
+    def account(self, submissions: list[Submission]) -> dict[str, list[Observation]]:
+        """What the accounting says of these job ids, one observation per run; empty while it does not answer."""
+        since = min(submission.first_submitted for submission in submissions)
+        return self.status.sacct(sorted({submission.job_id for submission in submissions}), since) or {}
 
     def cancel(self, submissions: list[Submission]) -> None:
         ids = [submission.job_id for submission in submissions]

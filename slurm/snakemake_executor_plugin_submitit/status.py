@@ -30,7 +30,7 @@ ENDED = {  # SLURM's word -> the ledger's
     "REVOKED": "CANCELLED",
 }
 # A state that a requeue may follow: only when the job stays away that long is it the end. Seconds.
-SETTLES_AFTER = {"PREEMPTED": 300.0, "NODE_FAIL": 60.0, "REQUEUED": 300.0, "missing": 300.0, "unconfirmed": 20.0}
+SETTLES_AFTER = {"PREEMPTED": 300.0, "NODE_FAIL": 60.0, "REQUEUED": 300.0, "missing": 90.0, "unconfirmed": 20.0}
 
 SQUEUE_FIELDS = ("JobID", "State", "Reason", "StartTime", "NodeList", "RestartCnt", "EligibleTime", "EndTime")
 SACCT_FIELDS = (
@@ -47,6 +47,7 @@ SACCT_FIELDS = (
 )
 NO_COMMENT_ROW = re.compile(r"^\d+$")  # what a row starts with; anything else continues a broken one
 
+LAUNCH_FAILED = "launch failed requeued held"
 # Reasons with which a job waits for ever, although sbatch took it -> what to change.
 NEVER_STARTS = {
     "PartitionTimeLimit": "resources.runtime is over the partition's limit: lower it, or use another slurm_partition",
@@ -60,7 +61,6 @@ NEVER_STARTS = {
     "DependencyNeverSatisfied": "its dependency failed",
     "JobHeldAdmin": "an administrator holds the job: ask them",
     "JobHeldUser": "the job is held: `scontrol release` would have freed it",
-    "launch failed requeued held": "it could not be started on its node: see the node's state with `sinfo -R`",
     r"AssocMaxWall\w*": "resources.runtime is over your account's limit",
     r"QOSMaxWallDurationPerJobLimit": "resources.runtime is over the QOS's limit",
     r"(QOS|Assoc)(Grp|Max)?\w*PerJob\w*": "the job alone is over a limit of its QOS or account: ask for less",
@@ -72,7 +72,7 @@ class Observation:
     """What one look says of one job id. `state` is one of the ledger's; times are unix seconds.
 
     `earlier` are the runs of this job id that ended in a requeue, oldest first; `restart` counts them. `settled`: the times
-    are the accounting's own and will not change any more.
+    are the accounting's own and will not change any more. `launch_failed`: its node would not start it, and SLURM holds it.
     """
 
     state: str = "PENDING"
@@ -86,6 +86,7 @@ class Observation:
     earlier: list["Observation"] = field(default_factory=list)
     settled: bool = False
     never_starts: str | None = None
+    launch_failed: bool = False
     expected_start: float | None = None
 
 
@@ -291,6 +292,7 @@ def _from_queue(row: dict) -> Observation:
     )
     if state == "PENDING" and seen.reason:
         seen.never_starts = never_starts(seen.reason)
+        seen.launch_failed = seen.reason.strip("()") == LAUNCH_FAILED
     return seen
 
 
@@ -299,6 +301,8 @@ def _refine(now: Observation, accounted: Observation) -> None:
     now.started = accounted.started
     now.eligible = accounted.eligible or now.eligible
     now.gpu_type = accounted.gpu_type
+    if now.state == "CANCELLED":
+        now.reason = accounted.reason or now.reason
     if now.state not in ("PENDING", "RUNNING") and accounted.settled:
         now.ended, now.settled = accounted.ended, True
 
@@ -328,4 +332,4 @@ def _gpu_type(tres: str) -> str | None:
 
 
 def _earliest(submissions: list[Submission]) -> float:
-    return min(submission.record["submitted"] for submission in submissions)
+    return min(submission.first_submitted for submission in submissions)

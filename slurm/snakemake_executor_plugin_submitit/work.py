@@ -25,8 +25,8 @@ class Submission:
     token_file: Path
     command: str = ""
     resubmitted: dict[str, int] = field(default_factory=dict)  # how often, by kind of failure
-    pending_since: float = field(default_factory=time.time)
-    nodes_failed: list[str] = field(default_factory=list)
+    first_submitted: float = field(default_factory=time.time)  # of this job id: from then on accounting has its runs
+    last_nodes: list[str] = field(default_factory=list)
     step: int | None = None  # newest training step of the attempts before this one
     notes: dict[str, float] = field(default_factory=dict)  # what was already said to the user, and when
 

@@ -65,7 +65,8 @@ class Driver:
         defaults |= dict(resource.split("=", 1) for resource in resources)
         command = [sys.executable, "-m", "snakemake", "--executor", "submitit", "--submitit-cluster", "slurm"]
         command += ["--submitit-poll-seconds", "2", "--jobs", "50", "--latency-wait", "20", "--scheduler", "greedy"]
-        command += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--quiet", "host", *arguments]
+        command += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--quiet", "host"]
+        command += ["--printshellcmds", *arguments]
         command += ["--default-resources", *(f"{key}={value}" for key, value in defaults.items())]
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
@@ -126,10 +127,22 @@ def assert_agrees_with_sacct(driver, cluster):
     """The ledger's attempts and GPU-hours are those of `sacct -D`, to the second."""
     for job_id in {record["job_id"] for record in driver.attempts()}:
         environment = cluster.environment | {"SLURM_TIME_FORMAT": "%s"}
-        command = ["sacct", "-X", "-D", "-P", "-n", "-S", "now-1hours", "-j", job_id, "-o", "Start,End,AllocTRES"]
+        command = [
+            "sacct",
+            "-X",
+            "-D",
+            "-P",
+            "-n",
+            "-S",
+            "now-1hours",
+            "-j",
+            job_id,
+            "-o",
+            "Start,End,AllocTRES,NodeList",
+        ]
         text = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-        accounted = [line.split("|") for line in text.splitlines()]
-        records = [record for record in driver.attempts() if record["job_id"] == job_id]
+        accounted = [line.split("|")[:3] for line in text.splitlines() if not line.endswith("None assigned")]
+        records = [record for record in driver.attempts() if record["job_id"] == job_id and record["started"]]
         assert [(int(r["started"]), int(r["ended"])) for r in records] == [(int(s), int(e)) for s, e, _ in accounted]
         ours = sum(record["gpus"] * (record["ended"] - record["started"]) for record in records)
         theirs = sum(_gpus(tres) * (int(end) - int(start)) for start, end, tres in accounted)

@@ -89,7 +89,6 @@ def test_states_match_by_prefix(text, state):
         "InvalidQOS",
         "BadConstraints",
         "JobHeldAdmin",
-        "launch failed requeued held",
     ],
 )
 def test_waiting_for_ever_is_recognised(reason):
