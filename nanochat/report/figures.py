@@ -333,7 +333,7 @@ def batch_size(found: Collected) -> Figure:
         axis.yaxis.set_major_formatter(THOUSANDS)
         axis.set_xlabel("rows of a micro-batch (device_batch_size)")
         axis.margins(x=0.08)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     speed.set_ylabel("tokens per second")
     speed.set_title("Speed of a probe")
     memory.set_ylabel("peak memory (GB)")

@@ -47,7 +47,7 @@ TITLES = {
     "loss_last": "Loss, last step (nats/token)",
     "lost_hours": "Lost (h)",
     "margin": "Margin left free",
-    "max_device_batch_size": "Largest that fits",
+    "max_device_batch_size": "Largest known to fit",
     "meaning": "Meaning",
     "mfu": "MFU",
     "money": "Money",

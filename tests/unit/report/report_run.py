@@ -179,6 +179,7 @@ def _stage_files(w: Writer) -> None:
                 "probes": probes if stage != "sft" else [],
                 "key": "ab" * 32,
                 "seconds": 109.0,
+                "reason": "219,429 tokens/s, the fastest of 16, 32 rows; 51 rows fit in memory",
                 "source": "measured" if stage != "sft" else "cache",
             },
         )
