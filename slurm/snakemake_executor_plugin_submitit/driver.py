@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .status import Observation
 from .work import Submission
 
 LOG_LINES = 15
+MANY_WAITING = 4  # jobs; more are told as a count
 ACCOUNT_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
 KILLED_FOR_MEMORY = re.compile(rb"exceeded memory limit|oom[-_ ]kill|Out Of Memory|Exceeded job memory", re.IGNORECASE)
@@ -281,7 +283,10 @@ class Driver:
             "event": "ended",
             "state": seen.state,
             "reason": seen.reason or exits.MEANING.get(status.get("kind")),
-            "started": seen.started or status.get("started") or submission.record["started"],
+            # Where accounting has settled it, also that it never started counts.
+            "started": seen.started
+            if seen.settled
+            else seen.started or status.get("started") or submission.record["started"],
             "ended": seen.ended or status.get("ended") or time.time(),
             "exit_code": status.get("exit_code"),
         }
@@ -354,12 +359,19 @@ class Driver:
     def show_progress(self) -> None:
         with self._lock:
             submissions = list(self.running.values())
+        waiting = [submission for submission in submissions if submission.record["state"] == "PENDING"]
+        many = len(waiting) > MANY_WAITING
         jobs = []
         for submission in submissions:
-            waiting = submission.record["state"] == "PENDING"
-            says = f"waiting: {submission.record['reason']}" if waiting and submission.record["reason"] else None
-            name = work.name_of(submission.rule, submission.record["wildcards"])
-            jobs.append((name, submission.log, says, submission.record["submitted"]))
+            record, reason = submission.record, submission.record["reason"]
+            if record["state"] != "PENDING" or not many:
+                says = f"waiting: {reason}" if record["state"] == "PENDING" and reason else None
+                name = work.name_of(submission.rule, record["wildcards"])
+                jobs.append((name, submission.log, says, record["submitted"]))
+        if many:
+            reasons = Counter((submission.record["reason"] or "submitted").partition(",")[0] for submission in waiting)
+            words = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+            jobs.append(("queue", None, f"{len(waiting)} jobs wait: {words}", 0.0))
         self.progress.show(jobs)
 
     def _say(self, text: str) -> None:

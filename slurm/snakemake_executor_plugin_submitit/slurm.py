@@ -35,9 +35,8 @@ class SlurmCluster:
         self.logger = logger
         self.status = SlurmStatus(logger.warning)
         # Started from inside a job, the driver must not hand that job's SLURM_CPUS_PER_TASK and the like to its own.
-        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
-            if name.startswith("SLURM_"):
-                del os.environ[name]
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
 
     def check(self, rule: str, request: Request) -> None:
         """Raises ValueError when the request can never be met. What only the cluster knows is the doctor's part."""
