@@ -53,10 +53,13 @@ def calculating(tokenizer) -> GPT:
     return chain_model(tokenizer, links | chain(tokenizer, "<|output_end|>", "ok", "<|assistant_end|>"))
 
 
-def test_the_calculator_answers_the_model(tokenizer, calculating):
+@pytest.mark.parametrize("burst", [1, 16])
+def test_the_calculator_answers_the_model(tokenizer, calculating, burst):
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "What is 2 * 3?"}])
     request = Request(prompt, 60, stop_ids=stop_ids(tokenizer), calculator=True)
-    completion = Engine(calculating, tokenizer, rows=3).generate([request])[0]
+    engine = Engine(calculating, tokenizer, rows=3)
+    engine.burst = burst  # as on a GPU: the row waits in the middle of a burst
+    completion = engine.generate([Request(prompt, 20), request])[1]
     parts = [
         {"type": "text", "text": "It "},
         {"type": "python", "text": "2*3"},

@@ -2,6 +2,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat.errors import UserError
 from nanochat.infer.engine import Engine
@@ -57,6 +59,21 @@ def test_output_does_not_depend_on_the_other_rows(model):
     assert [c.ids for c in Engine(model, rows=4).generate(mixed)] == alone
     assert [c.ids for c in Engine(model, rows=9).generate(mixed)] == alone
     assert [c.ids for c in Engine(model, rows=4).generate(mixed[::-1])][::-1] == alone
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.tuples(st.integers(1, 130), st.integers(1, 30)), min_size=1, max_size=8),
+    st.integers(1, 6),
+    st.sampled_from([1, 3, 16]),
+)
+def test_any_mixture_of_lengths_equals_recompute(model, recomputed, sizes, rows, burst):
+    """Whatever the lengths, the number of rows and how often the host looks."""
+    requests = [Request(prompt(size, seed=i), new) for i, (size, new) in enumerate(sizes)]
+    engine = Engine(model, rows=rows)
+    engine.burst = burst
+    expected = [recomputed(model, request.prompt, request.max_new_tokens) for request in requests]
+    assert [completion.ids for completion in engine.generate(requests)] == expected
 
 
 def test_an_engine_used_before_gives_the_same(model):
