@@ -45,12 +45,12 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
         cast = weight.to(x.dtype)
+        # Nothing that is saved is written in place: a compiled graph of torch 2.11 saves it as it was before.
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grads_x = []
         step = chunk_tokens(weight.size(0), x.device)
-        for i in range(0, x.size(0), step):
-            part, target = x[i : i + step], targets[i : i + step]
+        for part, target in zip(x.split(step), targets.split(step), strict=True):
             counts = target >= 0
             index = target.clamp_min(0)[:, None]
             capped = F.linear(part, cast).float().div_(softcap).tanh_()  # (n, V)
@@ -58,13 +58,14 @@ class _SummedLoss(torch.autograd.Function):
             grad = (capped * softcap).exp_()
             total_exp = grad.sum(-1)
             losses = total_exp.log() - softcap * capped.gather(-1, index)[:, 0]
-            total += torch.where(counts, losses, 0.0).sum()
+            total = total + torch.where(counts, losses, 0.0).sum()
             grad *= (counts / total_exp)[:, None]
             grad.scatter_add_(-1, index, -counts[:, None].float())
             grad -= grad * capped.square_()
             grad = grad.to(x.dtype)
-            torch.matmul(grad, cast, out=grad_x[i : i + step])
-            grad_weight += grad.T @ part
+            grads_x.append(grad @ cast)
+            grad_weight = grad_weight + grad.T @ part
+        grad_x = torch.cat(grads_x)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -84,6 +84,14 @@ class Optimizer:
             weight_decay=0.0,
             fused=True,
         )
+        for name in self.adam_rates:
+            # From the start, so that the state has the same keys before the first update as after it.
+            parameter = self.parameters[name]
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @torch.no_grad()
     def step(self, step: int, learning_rate_scale: float) -> None:
@@ -119,25 +127,22 @@ class Optimizer:
                 state[f"{name}.{key}"] = value
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave. Raises UserError when it is of another model."""
         expected = {f"{name}.momentum" for name in self.parameters if self._momentum_of(name)}
         expected |= {f"{name}.{key}" for name in self.adam_rates for key in ("exp_avg", "exp_avg_sq", "step")}
-        if state.keys() - expected or (expected - state.keys() and any(".exp_avg" in key for key in state)):
+        if state.keys() ^ expected:
             differing = sorted(state.keys() ^ expected)
             raise UserError(f"optimizer state: {differing[0]}: it is that of another model.")
-        for name, parameter in self.parameters.items():
-            if f"{name}.momentum" in state:
-                saved, first = state[f"{name}.momentum"], 0
-                for part in self._momentum_of(name):
-                    part.copy_(saved[first : first + part.size(0)])
-                    first += part.size(0)
-            if f"{name}.exp_avg" in state:
-                self.adam.state[parameter] = {
-                    "step": state[f"{name}.step"].clone().to(parameter.device),
-                    "exp_avg": state[f"{name}.exp_avg"].clone().to(parameter.device),
-                    "exp_avg_sq": state[f"{name}.exp_avg_sq"].clone().to(parameter.device),
-                }
+        for name in self.parameters:
+            first = 0
+            for part in self._momentum_of(name):
+                part.copy_(state[f"{name}.momentum"][first : first + part.size(0)])
+                first += part.size(0)
+        for name in self.adam_rates:
+            for key, tensor in self.adam.state[self.parameters[name]].items():
+                tensor.copy_(state[f"{name}.{key}"])
 
     def _momentum_of(self, name: str) -> list[Tensor]:
         """The parts of a parameter's momentum, from its first row to its last; views."""

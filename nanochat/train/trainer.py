@@ -56,14 +56,16 @@ class History:
 
 
 def learning_rate_scale(step: int, steps: int, train: Stage) -> float:
-    """Warmup, constant, decay: the factor of all learning rates at step `step` (from 0) of `steps`."""
+    """Warmup, constant, decay, times the stage's own factor: what all learning rates are multiplied by at `step` (from 0)."""
     warmup, decay = round(train.warmup_fraction * steps), round(train.decay_fraction * steps)
     if step < warmup:
-        return (step + 1) / warmup
-    if step < steps - decay:
-        return 1.0
-    left = (steps - step) / decay
-    return left + (1 - left) * train.final_learning_rate_fraction
+        share = (step + 1) / warmup
+    elif step < steps - decay:
+        share = 1.0
+    else:
+        left = (steps - step) / decay
+        share = left + (1 - left) * train.final_learning_rate_fraction
+    return train.learning_rate_scale * share
 
 
 def wants_compile(setting: str, device: torch.device) -> bool:
