@@ -169,7 +169,7 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
 
     for key in ("gpu", "nodes"):
         asked = (declared or {}).get(key)
-        if isinstance(asked, int) and key in resources and asked != resources[key]:
+        if isinstance(asked, int) and isinstance(resources.get(key), int) and asked > resources[key]:
             raise ValueError(
                 f"rule {rule}: resources.{key} = {asked} was clipped to {resources[key]} by the profile's global "
                 f"`resources: {key}`. Remove that limit, or ask for {resources[key]} with `set-resources`"
@@ -179,6 +179,8 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
         raise ValueError(
             f"rule {rule}: resources.gres = {gres!r} and resources.gpu/gpu_model both ask for GPUs: keep one"
         )
+    if gpus == 0 and "gpu" in resources:
+        model = None  # a profile names the model for a stage, its settings may still say: no GPU
     if model and not gpus:
         raise ValueError(f"rule {rule}: resources.gpu_model = {model!r} without resources.gpu: say how many")
     if gres:

@@ -173,7 +173,7 @@ def test_two_hundred_jobs(run, cluster, tmp_path):
         wrapper.chmod(0o755)
     driver = run(
         'rule all:\n    input: expand("out/{i}", i=range(200))\n'
-        'rule one:\n    output: "out/{i}"\n    shell: "touch {output}"\n',
+        'rule one:\n    output: "out/{i}"\n    threads: 4\n    shell: "touch {output}"\n',  # 8 at once: they share 2 real cores
         *("--jobs", "200", "--submitit-poll-seconds", "10"),
         resources=("mem_mb=100",),
         PATH=f"{wrappers}:{cluster.environment['PATH']}",

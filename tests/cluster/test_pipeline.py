@@ -1,0 +1,72 @@
+"""The whole pipeline, tiny, through profiles/artemis on two nodes, with GPU and CPU partitions."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_lab import ROOT, wait_until
+from snakemake_executor_plugin_submitit import ledger
+
+pytest.importorskip("torch")
+
+TINY = """\
+corpus: {source: bundled, max_bytes: 600000, validation_fraction: 0.05, shard_bytes: 300000}
+tokenizer: {vocab_size: 512}
+model: {depth: 2, width: 64, head_dim: 32}
+train:
+  base: {gpus: 0, sequence_length: 64, tokens_per_step: 1024, steps: 60, validate_every_steps: 30, validation_tokens: 2048,
+         checkpoint_every_seconds: 1.0}
+  mid: {gpus: 0, sequence_length: 256, tokens_per_step: 2048, validation_tokens: 2048,
+        mixture: [{name: chatterbot, conversations: 60}, {name: arithmetic, conversations: 30}]}
+  sft: {gpus: 0, sequence_length: 256, tokens_per_step: 2048, validation_tokens: 2048,
+        mixture: [{name: chatterbot, conversations: 40}, {name: identity, conversations: 10}]}
+batch_size: {cache: "", max_device_batch_size: 16}
+evaluate: {gpus: 0, items: 4, humaneval_problems: 1, humaneval_tokens: 8, validation_tokens: 4096, sample_tokens: 8}
+benchmark: {gpus: 0, steps: 2, batch_sizes: [1], prompt_tokens: 8, new_tokens: 8}
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the repository whose profile asks for what this cluster's small nodes have."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if not name.startswith(("tests/", "docs/")) and (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
+    profile = tmp_path / "profiles/artemis/config.yaml"
+    text = re.sub(r"mem_mb: \d+", "mem_mb: 2500", profile.read_text())
+    text = re.sub(r"(?m)^(  \w+): (16|32)$", r"\1: 4", text)
+    # The fake GPUs are asked for, held and accounted, and the stages train on the CPU all the same.
+    text = text.replace("    gpu_model: a100\n", "    gpu_model: a100\n    gpu: 1\n")
+    profile.write_text(text + "configfile: tiny.yaml\n")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_on_two_nodes(cluster, checkout):
+    environment = cluster.environment | {"PYTHONPATH": f"{checkout}:{checkout / 'slurm'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/artemis"]
+    command += ["--submitit-poll-seconds", "2", "--latency-wait", "20"]
+    with open(checkout / "output.txt", "w") as output:
+        driver = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: driver.poll() is not None, 900, "the end of the pipeline", pause=1)
+    finally:
+        if driver.poll() is None:
+            os.kill(driver.pid, 2)
+            driver.wait(60)
+    assert driver.returncode == 0, (checkout / "output.txt").read_text()[-8000:]
+    assert (checkout / "results/report.md").stat().st_size > 1000
+    attempts = ledger.read_attempts(checkout / "results/jobs/ledger.jsonl")
+    assert {record["state"] for record in attempts} == {"COMPLETED"}
+    partitions = {record["rule"]: record["partition"] for record in attempts}
+    assert partitions["base"] == "gpu"
+    assert partitions["tokens"] == "general"
+    assert all(record["gpus"] == 0 for record in attempts if record["partition"] == "general")
+    assert all(record["gpu_type"] == "a100" for record in attempts if record["gpus"])
