@@ -6,6 +6,15 @@ from nanochat.model.gpt import GPT, GPTConfig
 VOCAB = 97
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are no faster on two cores, and much slower when the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build_model(seed: int = 0, depth: int = 3, kv_heads: int = 2, length: int = 160, vocab: int = VOCAB) -> GPT:
     """Random weights everywhere: with the real start the blocks add nothing and a broken cache would go unnoticed."""
     config = GPTConfig(vocab, depth, 32, 4, kv_heads, logit_softcap=15.0, rope_base=10_000.0, sequence_length=length)
