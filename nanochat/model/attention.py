@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.model.kernels import causal_attention, norm
+
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without a learnt gain (Zhang & Sennrich 2019)."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 class Linear(nn.Linear):
@@ -117,14 +114,15 @@ class Attention(nn.Module):
         turned = norm(rotate(qkv[:, :, : self.heads + self.kv_heads], cos, sin))
         queries, keys = turned.split((self.heads, self.kv_heads), dim=2)
         values = qkv[:, :, self.heads + self.kv_heads :]
-        if cache is not None:
+        if cache is None:
+            attended = causal_attention(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        else:
             keys, values = cache.store(self.layer, positions, keys, values)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=cache is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+            attended = F.scaled_dot_product_attention(
+                queries.transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                attn_mask=mask,
+                enable_gqa=self.kv_heads != self.heads,
+            )
         return self.out(attended.transpose(1, 2).reshape(rows, tokens, width))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from nanochat.config import Model
 from nanochat.errors import UserError
-from nanochat.model.attention import Attention, KVCache, Linear, norm, rotary_table
+from nanochat.model.attention import Attention, KVCache, Linear, rotary_table
+from nanochat.model.kernels import norm, squared_relu
 from nanochat.model.loss import softcapped_logits, summed_loss, token_losses
 
 # Positions the rotary table holds, as a multiple of the training length: a chat may grow beyond a training row.
@@ -66,7 +67,7 @@ class GPTConfig:
 
 
 class MLP(nn.Module):
-    """Width x 4, relu^2 between (So et al. 2021)."""
+    """Width x 4, relu^2 between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -74,7 +75,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(squared_relu(self.up(x)))
 
 
 class Block(nn.Module):
