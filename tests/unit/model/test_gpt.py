@@ -114,6 +114,16 @@ def test_chunked_loss_equals_reference(count, vocab, chunk, softcap, seed):
     assert not each[targets < 0].any()
 
 
+def test_gradients_flow_through_the_logits_as_through_the_loss():
+    model, text, targets = random_model(SIZES), tokens(2, 8), tokens(2, 8, seed=1)
+    model(text, targets).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    F.cross_entropy(model(text).flatten(0, 1), targets.flatten()).backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_without_a_target_is_zero_not_nan():
     model, text = random_model(SIZES), tokens(2, 8)
     for reduction in ("mean", "sum"):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.model.kernels import EPSILON, causal_attention, norm, squared_relu
+from nanochat.model.kernels import EPSILON, causal_attention, norm, squared_relu, tanh_
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 33))
 
@@ -50,3 +50,8 @@ def test_bfloat16_stays_bfloat16():
     x = drawn((2, 3, 8), 0).detach().bfloat16()
     assert norm(x).dtype == squared_relu(x).dtype == torch.bfloat16
     torch.testing.assert_close(norm(x).float().square().mean(-1), torch.ones(2, 3), rtol=0.02, atol=0.02)
+
+
+def test_tanh_in_place():
+    x = torch.linspace(-40, 40, 1001)
+    torch.testing.assert_close(tanh_(x.clone()), x.double().tanh(), rtol=0, atol=3e-7, check_dtype=False)
