@@ -1,8 +1,9 @@
 """The whole pipeline, tiny, through profiles/artemis on two nodes, with GPU and CPU partitions."""
 
-import os
+import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,38 +31,52 @@ benchmark: {gpus: 0, steps: 2, batch_sizes: [1], prompt_tokens: 8, new_tokens: 8
 """
 
 
-@pytest.fixture
-def checkout(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
     """A copy of the repository whose profile asks for what this cluster's small nodes have."""
+    folder = tmp_path_factory.mktemp("checkout")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if not name.startswith(("tests/", "docs/")) and (ROOT / name).exists():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / name)
-    profile = tmp_path / "profiles/artemis/config.yaml"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    profile = folder / "profiles/artemis/config.yaml"
     text = re.sub(r"mem_mb: \d+", "mem_mb: 2500", profile.read_text())
     text = re.sub(r"(?m)^(  \w+): (16|32)$", r"\1: 4", text)
     # The fake GPUs are asked for, held and accounted, and the stages train on the CPU all the same.
     text = text.replace("    gpu_model: a100\n", "    gpu_model: a100\n    gpu: 1\n")
     profile.write_text(text + "configfile: tiny.yaml\n")
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return tmp_path
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+def start(cluster, checkout: Path, *targets: str) -> subprocess.Popen:
+    environment = cluster.environment | {"PYTHONPATH": f"{checkout}:{checkout / 'slurm'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/artemis"]
+    command += ["--submitit-poll-seconds", "2", "--latency-wait", "20", *targets]
+    with open(checkout / "output.txt", "w") as output:
+        return subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=output)
+
+
+def finish(driver: subprocess.Popen, checkout: Path, seconds: float) -> None:
+    try:
+        wait_until(lambda: driver.poll() is not None, seconds, "the end of the run", pause=1)
+    finally:
+        if driver.poll() is None:
+            driver.send_signal(signal.SIGINT)
+            driver.wait(60)
+    assert driver.returncode == 0, (checkout / "output.txt").read_text()[-8000:]
+
+
+def losses(checkout: Path) -> dict[int, float]:
+    """Training loss by step, as the stage wrote it down."""
+    rows = map(json.loads, (checkout / "results/base/log.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 @pytest.mark.slow
 def test_the_whole_pipeline_on_two_nodes(cluster, checkout):
-    environment = cluster.environment | {"PYTHONPATH": f"{checkout}:{checkout / 'slurm'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/artemis"]
-    command += ["--submitit-poll-seconds", "2", "--latency-wait", "20"]
-    with open(checkout / "output.txt", "w") as output:
-        driver = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=output)
-    try:
-        wait_until(lambda: driver.poll() is not None, 900, "the end of the pipeline", pause=1)
-    finally:
-        if driver.poll() is None:
-            os.kill(driver.pid, 2)
-            driver.wait(60)
-    assert driver.returncode == 0, (checkout / "output.txt").read_text()[-8000:]
+    finish(start(cluster, checkout), checkout, 900)
     assert (checkout / "results/report.md").stat().st_size > 1000
     attempts = ledger.read_attempts(checkout / "results/jobs/ledger.jsonl")
     assert {record["state"] for record in attempts} == {"COMPLETED"}
@@ -70,3 +85,21 @@ def test_the_whole_pipeline_on_two_nodes(cluster, checkout):
     assert partitions["tokens"] == "general"
     assert all(record["gpus"] == 0 for record in attempts if record["partition"] == "general")
     assert all(record["gpu_type"] == "a100" for record in attempts if record["gpus"])
+
+
+@pytest.mark.slow
+def test_a_preempted_training_has_the_curve_of_an_undisturbed_one(cluster, checkout):
+    (checkout / "tiny.yaml").write_text(TINY.replace("steps: 60", "steps: 400"))
+    finish(start(cluster, checkout, "base"), checkout, 400)
+    undisturbed = losses(checkout)
+    shutil.rmtree(checkout / "results/base")
+    driver = start(cluster, checkout, "base")
+    log = checkout / "results/base/log.jsonl"
+    wait_until(lambda: log.exists() and len(losses(checkout)) > 20, 120, "training")
+    high = ["sbatch", "-p", "gpu_high", "-N2", "--gpus-per-node=4", "--mem=100", "--time=1", "-o", "/dev/null"]
+    cluster.call(*high, "--wrap", "sleep 3")
+    finish(driver, checkout, 400)
+    base = [r for r in ledger.read_attempts(checkout / "results/jobs/ledger.jsonl") if r["rule"] == "base"]
+    assert [record["state"] for record in base[-2:]] == ["PREEMPTED", "COMPLETED"]
+    assert base[-2]["exit_code"] == 85
+    assert losses(checkout) == undisturbed
