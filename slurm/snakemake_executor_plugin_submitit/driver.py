@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import doctor, exits, ledger, resources, work
+from .accounting import Accounting
 from .failures import Decision, decide
 from .job import Allocation, newest_step
 from .progress import Progress
@@ -21,8 +22,6 @@ from .work import Submission
 
 LOG_LINES = 15
 MANY_WAITING = 4  # jobs; more are told as a count
-ACCOUNT_SECONDS = 60.0
-CLOSE_SECONDS = 10.0
 KILLED_FOR_MEMORY = re.compile(rb"exceeded memory limit|oom[-_ ]kill|Out Of Memory|Exceeded job memory", re.IGNORECASE)
 
 
@@ -49,8 +48,7 @@ class Driver:
         self.progress.install(logger)
         self.running: dict[str, Submission] = {}
         self.found: list[tuple[Submission, Observation]] = []  # left behind by a driver that died
-        self.unsettled: list[tuple[Submission, dict]] = []  # ended, but the accounting's own times are still to come
-        self._accounted = time.monotonic()
+        self.accounting = Accounting(self.ledger, self.cluster.account if self.cluster.name == "slurm" else None)
         self._asked = self._glanced = float("-inf")
         self._lock = threading.RLock()
         self._recover()
@@ -163,7 +161,7 @@ class Driver:
             if time.monotonic() - self._asked >= self.poll_seconds:
                 self._asked = time.monotonic()
                 seen = self.cluster.observe(submissions) if submissions else {}
-                self._account()
+                self.accounting.correct()
             else:
                 seen = self.cluster.ended(submissions)
             outcomes = {}
@@ -190,9 +188,10 @@ class Driver:
             return Outcome(True)
         step = status.get("step") or newest_step(submission.log)
         further = step is not None and (submission.step is None or step > submission.step)
-        kind = status.get("kind") or ("host_out_of_memory" if _out_of_memory(submission.folder) else None)
-        reason = seen.reason
-        decision = decide(seen.state, kind, status.get("exit_code"), further, submission.resubmitted, reason)
+        kind, code = status.get("kind"), status.get("exit_code")
+        if code in (None, 128 + 9, 128 + 15) and _out_of_memory(submission.folder):
+            kind = "host_out_of_memory"
+        decision = decide(seen.state, kind, code, further, submission.resubmitted, seen.reason)
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")
         submission.step = step if step is not None else submission.step
@@ -285,33 +284,11 @@ class Driver:
             "reason": seen.reason or exits.MEANING.get(status.get("kind")),
             # Where accounting has settled it, also that it never started counts.
             "started": seen.started
-            if seen.settled
-            else seen.started or status.get("started") or submission.record["started"],
+            or (None if seen.settled else status.get("started") or submission.record["started"]),
             "ended": seen.ended or status.get("ended") or time.time(),
             "exit_code": status.get("exit_code"),
         }
-        ledger.append(self.ledger, submission.record)
-        if self.cluster.name == "slurm" and not seen.settled:
-            self.unsettled.append((submission, dict(submission.record)))
-
-    def _account(self, at_once: bool = False) -> None:
-        """Correct the times of ended attempts by the accounting's own, once it has them."""
-        if not self.unsettled or not (at_once or time.monotonic() - self._accounted > ACCOUNT_SECONDS):
-            return
-        self._accounted = time.monotonic()
-        runs = self.cluster.account([submission for submission, _ in self.unsettled])
-        left = []
-        for submission, record in self.unsettled:
-            past = runs.get(record["job_id"], [])
-            run = past[record["restart"]] if record["restart"] < len(past) else None
-            if run is None or not run.settled:
-                left.append((submission, record))
-                continue
-            better = {"started": run.started, "ended": run.ended, "eligible": run.eligible}
-            better |= {"node_names": run.nodes or record["node_names"], "gpu_type": record["gpu_type"] or run.gpu_type}
-            if any(record[key] != value for key, value in better.items()):
-                ledger.append(self.ledger, {**record, **better})
-        self.unsettled = left
+        self.accounting.ended(submission.record, submission.first_submitted, seen.settled)
 
     def _message(self, submission: Submission, decision) -> str:
         """What failed, where its log is, and how the log ends."""
@@ -338,14 +315,10 @@ class Driver:
             self.running.clear()
 
     def close(self) -> None:
-        """Give the accounting a moment to say when the last jobs ended."""
+        """The end of the run."""
         self.progress.clear()
-        end = time.monotonic() + CLOSE_SECONDS
         with self._lock:
-            self._account(at_once=True)
-            while self.unsettled and time.monotonic() < end:
-                time.sleep(1)
-                self._account(at_once=True)
+            self.accounting.close()
 
     def wants_a_look(self) -> bool:
         """Whether a job's own status file says that it ended; reading them is gentle on the cluster, and paced by their number."""
@@ -393,6 +366,7 @@ class Driver:
         seen = self.cluster.observe(submissions) if submissions else {}
         for submission in submissions:
             observation = seen.get(submission.job_id, Observation())
+            self._follow_requeues(submission, observation)
             self._note(submission, observation)
             if observation.state in ledger.FINAL:
                 status = exits.read_status(submission.folder, submission.restart) or {}
@@ -416,10 +390,8 @@ class Driver:
                 self.cluster.cancel([submission])
                 self._finish(submission, Observation("CANCELLED", "out of date"), {})
         if adopted:
-            record = adopted.record
             adopted.token_file = self.folder / "tokens" / work.name_of(rule, wildcards)
             adopted.request = self._request(job)
-            record["attempt"] = job.attempt if record["state"] in ledger.FINAL else record["attempt"]
             self.running[adopted.job_id] = adopted
             self._say(f"{rule}: goes on with job {adopted.job_id}, submitted by an earlier run")
         return adopted

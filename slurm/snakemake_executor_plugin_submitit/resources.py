@@ -20,6 +20,8 @@ SIGNAL_SECONDS = (
     120  # before the walltime, less for a short one; SLURM may signal up to 60 s early, and a save must fit
 )
 
+LEAST_MEMORY_MB = 300  # what submitit and the inner Snakemake need themselves before the rule's command has started
+
 # Names only: SLURM keeps whole environments in its database, so a job gets what it needs to run and nothing else.
 ENVIRONMENT = [
     "PATH",
@@ -190,9 +192,10 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
             f"rule {rule}: resources.gpu = {gpus} does not divide by resources.nodes = {nodes}: "
             f"{gpus // nodes * nodes or nodes} or {(gpus // nodes + 1) * nodes} would"
         )
+    memory = number("mem_mb", 1, None)
     return Request(
         cpus=max(1, threads),
-        memory_mb=number("mem_mb", 1, None),
+        memory_mb=memory and max(memory, LEAST_MEMORY_MB),
         runtime_minutes=number("runtime", 1, None),
         gpus=gpus,
         gpu_model=model,

@@ -84,10 +84,9 @@ class SlurmCluster:
         seen = {submission.job_id: by_status_file(submission) for submission in submissions}
         return {job_id: observation for job_id, observation in seen.items() if observation}
 
-    def account(self, submissions: list[Submission]) -> dict[str, list[Observation]]:
+    def account(self, job_ids: list[str], since: float) -> dict[str, list[Observation]]:
         """What the accounting says of these job ids, one observation per run; empty while it does not answer."""
-        since = min(submission.first_submitted for submission in submissions)
-        return self.status.sacct(sorted({submission.job_id for submission in submissions}), since) or {}
+        return self.status.sacct(job_ids, since) or {}
 
     def cancel(self, submissions: list[Submission]) -> None:
         ids = [submission.job_id for submission in submissions]

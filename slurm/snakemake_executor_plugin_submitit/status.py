@@ -99,7 +99,7 @@ class SlurmStatus:
         self._fields: list[str] | None = None
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
-        self._since: dict[tuple[str, str], float] = {}  # (job id, state) -> first seen
+        self._since: dict[tuple[str, int, str], float] = {}  # (job id, restart, state) -> first seen
 
     def observe(self, submissions: list[Submission]) -> dict[str, Observation]:
         """One look at all jobs. A job of which nothing could be learnt is left out."""
@@ -118,6 +118,7 @@ class SlurmStatus:
     ) -> Observation | None:
         job_id = submission.job_id
         if row:
+            self._since.pop((job_id, submission.restart, "missing"), None)
             now = _from_queue(row)
             # A requeued job has a row in sacct for each run; while slurmdbd lags behind, squeue's count is right.
             now.earlier = [run for run in past[: now.restart] if run.state in SETTLES_AFTER or run.ended]
@@ -128,29 +129,27 @@ class SlurmStatus:
             now.earlier, now.restart = past[:-1], len(past) - 1
             if now.state in ("PENDING", "RUNNING"):
                 if not queue_known:
-                    return self._by_itself(submission) or now
-                return self._by_itself(submission) or self._after(job_id, "missing", Observation("LOST"))
+                    return by_status_file(submission) or now
+                return by_status_file(submission) or self._after(submission, "missing", Observation("LOST"))
         elif queue_known:
-            return self._by_itself(submission) or self._after(job_id, "missing", Observation("LOST"))
+            return by_status_file(submission) or self._after(submission, "missing", Observation("LOST"))
         else:
-            return self._by_itself(submission)
+            return by_status_file(submission)
         if now.state in ("PREEMPTED", "NODE_FAIL", "REQUEUED"):
             waiting = Observation("PENDING", f"{now.state}: may be requeued", restart=now.restart, earlier=now.earlier)
-            return self._after(job_id, now.state, now, waiting)
+            return self._after(submission, now.state, now, waiting)
         if now.state == "FAILED" and (exits.read_status(submission.folder, now.restart) or {}).get("state") != "ended":
             # The status file of a job that ended orderly may reach us late on a shared filesystem.
-            return self._after(job_id, "unconfirmed", now, Observation("RUNNING", restart=now.restart))
+            return self._after(submission, "unconfirmed", now, Observation("RUNNING", restart=now.restart))
         return now
 
     def _after(
-        self, job_id: str, state: str, then: Observation, until: Observation | None = None
+        self, submission: Submission, state: str, then: Observation, until: Observation | None = None
     ) -> Observation | None:
-        first = self._since.setdefault((job_id, state), time.time())
+        """`then` once this run of the job has been in `state` long enough, before that `until`."""
+        restart = submission.restart if state == "missing" else then.restart
+        first = self._since.setdefault((submission.job_id, restart, state), time.time())
         return then if time.time() - first >= SETTLES_AFTER[state] else until
-
-    def _by_itself(self, submission: Submission) -> Observation | None:
-        """What the job's own status file says, where SLURM says nothing."""
-        return by_status_file(submission)
 
     def squeue(self) -> dict[str, dict] | None:
         """The user's jobs in the queue, by job id; None when squeue fails."""

@@ -57,8 +57,8 @@ def test_scancel_from_outside_is_noticed_and_stays(run, cluster):
 
 def test_out_of_host_memory_is_tried_again_with_more(run, cluster):
     driver = run(
-        'rule greedy:\n    output: "out/greedy"\n    log: "log/greedy.log"\n    resources: mem_mb=200\n'
-        "    shell: \"python -c 'import time; block = bytearray(300 << 20); time.sleep(4)' > {log} 2>&1; touch {output}\"\n"
+        'rule greedy:\n    output: "out/greedy"\n    log: "log/greedy.log"\n    resources: mem_mb=400\n'
+        "    shell: \"python -c 'import time; block = bytearray(400 << 20); time.sleep(4)' > {log} 2>&1; touch {output}\"\n"
     )
     driver.succeeds(150)
     assert "out of host memory" in driver.log
@@ -66,7 +66,7 @@ def test_out_of_host_memory_is_tried_again_with_more(run, cluster):
     assert len(attempts) >= 2
     assert attempts[-1]["state"] == "COMPLETED"
     asked = [cluster.sacct(record["job_id"], "ReqMem")[0][0] for record in attempts]
-    assert asked[:2] == ["200M", "300M"]
+    assert asked[:2] == ["400M", "600M"]
     assert_agrees_with_sacct(driver, cluster)
 
 

@@ -1,10 +1,15 @@
 """What squeue and sacct print, real output of SLURM 22.05, becomes states and times."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from snakemake_executor_plugin_submitit.ledger import new_record
+from snakemake_executor_plugin_submitit.resources import Request
 from snakemake_executor_plugin_submitit.status import (
     SACCT_FIELDS,
+    SETTLES_AFTER,
+    Observation,
     SlurmStatus,
     _state,
     expand_nodes,
@@ -12,6 +17,7 @@ from snakemake_executor_plugin_submitit.status import (
     parse_sacct,
     seconds,
 )
+from snakemake_executor_plugin_submitit.work import Submission
 
 RECORDED = (Path(__file__).parent / "fixtures/sacct_22.05.8.txt").read_text()
 
@@ -121,3 +127,32 @@ def test_a_command_that_fails_is_left_alone_for_a_while(tmp_path, monkeypatch):
     assert [status.squeue() for _ in range(5)] == [None] * 5
     assert status.calls["squeue"] == 1
     assert len(said) == 1
+
+
+def test_a_preempted_job_is_given_time_to_come_back_each_time(tmp_path, monkeypatch):
+    """PREEMPTED is the end only where it lasts: a requeue may follow, and another preemption after it."""
+    now = 1000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    status = SlurmStatus(print)
+    submission = Submission(new_record(rule="base", job_id="7", attempt=1), Request(), tmp_path, tmp_path / "token")
+    preempted = Observation("PREEMPTED", started=900.0, ended=1000.0, settled=True)
+
+    def judged(runs: int) -> str:
+        return status._judge(submission, None, True, [replace(preempted) for _ in range(runs)]).state
+
+    assert judged(runs=1) == "PENDING"
+    now += SETTLES_AFTER["PREEMPTED"] + 1
+    assert judged(runs=2) == "PENDING"
+    now += SETTLES_AFTER["PREEMPTED"] + 1
+    assert judged(runs=2) == "PREEMPTED"
+
+
+def test_a_job_that_nobody_knows_is_lost_only_after_a_while(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    status = SlurmStatus(print)
+    submission = Submission(new_record(rule="base", job_id="7", attempt=1), Request(), tmp_path, tmp_path / "token")
+    assert status._judge(submission, None, queue_known=False, past=[]) is None
+    assert status._judge(submission, None, queue_known=True, past=[]) is None
+    now += SETTLES_AFTER["missing"] + 1
+    assert status._judge(submission, None, queue_known=True, past=[]).state == "LOST"
