@@ -187,10 +187,12 @@ class Driver:
         if seen.state == "COMPLETED":
             return Outcome(True)
         step = status.get("step") or newest_step(submission.log)
-        further = step is not None and (submission.step is None or step > submission.step)
         kind, code = status.get("kind"), status.get("exit_code")
         if code in (None, 128 + 9, 128 + 15) and _out_of_memory(submission.folder):
             kind = "host_out_of_memory"
+        further = kind == "checkpointed"  # who tells no steps is believed that it saved
+        if step is not None:
+            further = submission.step is None or step > submission.step
         decision = decide(seen.state, kind, code, further, submission.resubmitted, seen.reason)
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")

@@ -58,8 +58,10 @@ def decide(
         return _again(before, "node_failure", f"node failure{_words(reason)}", avoid_nodes=True)
     if state == "PREEMPTED":
         return Decision("resubmit", "preempted", "preempted, and the site does not requeue")
-    if kind == "checkpointed":
+    if kind == "checkpointed" and further:
         return Decision("resubmit", "checkpointed", "it saved a checkpoint and was stopped")
+    if kind == "checkpointed":
+        return Decision("give_up", "no_progress", exits.MEANING["no_progress"])
     if state == "TIMEOUT":
         if further:
             return Decision("resubmit", "walltime", "walltime reached, with progress")

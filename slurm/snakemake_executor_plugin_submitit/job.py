@@ -132,9 +132,8 @@ class Allocation:
             except GivenUp:
                 self._end(status, 128 + signal.SIGTERM, "cancelled")
         if status.exit_code:
-            raise SystemExit(
-                status.exit_code
-            )  # no exception: the driver reads the status, sacct shows the true exit code
+            # Not an error of submitit's: the driver reads the status, and sacct shows the command's own exit code.
+            raise SystemExit(status.exit_code)
         return asdict(status)
 
     def _help(self, restart: int, signals: "Signals") -> dict:
@@ -150,7 +149,11 @@ class Allocation:
                 asked = json.loads(plan.read_text())
                 own = {name: value for name, value in os.environ.items() if name.startswith(("SLURM", "CUDA_VISIBLE"))}
                 ranks = subprocess.Popen(
-                    asked["command"], cwd=self.workdir, env={**asked["environment"], **own}, start_new_session=True
+                    asked["command"],
+                    cwd=self.workdir,
+                    env={**asked["environment"], **own},
+                    start_new_session=True,
+                    preexec_fn=_child_signals,
                 )
             for received in signals.wait(1.0):
                 _signal_all(_descendants(), received)
@@ -178,7 +181,10 @@ class Allocation:
                 name = signal.Signals(received).name
                 status.asked = status.asked or name
                 _signal_all(_descendants(), received)
-                if stop_by is None and (self.cluster == "local" or name == "SIGINT"):
+                ending = name == "SIGINT" or (
+                    name == "SIGTERM" and self.cluster == "local"
+                )  # on SLURM the end is SLURM's
+                if stop_by is None and ending:
                     stop_by = time.time() + self.grace_seconds
             superseded = superseded or _read(self.token_file) not in ("", status.token)
             if superseded or (stop_by and time.time() > stop_by):

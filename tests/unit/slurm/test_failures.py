@@ -13,6 +13,7 @@ from snakemake_executor_plugin_submitit.failures import LIMITS, decide
         ("FAILED", "wrong_gpus", 78, False, "give_up", "wrong_gpus"),
         ("FAILED", "cuda_out_of_memory", 86, True, "resubmit", "cuda_out_of_memory"),
         ("FAILED", "checkpointed", 85, True, "resubmit", "checkpointed"),
+        ("FAILED", "checkpointed", 85, False, "give_up", "no_progress"),
         ("FAILED", "no_progress", 85, False, "give_up", "no_progress"),
         ("FAILED", "host_out_of_memory", None, False, "resubmit", "host_out_of_memory"),
         ("OUT_OF_MEMORY", "killed", 137, False, "resubmit", "host_out_of_memory"),
