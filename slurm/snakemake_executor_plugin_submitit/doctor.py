@@ -282,11 +282,14 @@ def profile_requests(profile: Path) -> dict[str, Request]:
     default = _pairs(content.get("default-resources"))
     rules = {rule: _pairs(values) for rule, values in (content.get("set-resources") or {}).items()}
     threads = content.get("set-threads") or {}
+    requests = {}
     try:
-        return {
-            rule: resources.read(rule, {**default, **values}, int(threads.get(rule, 1)))
-            for rule, values in (rules or {"(default)": {}}).items()
-        }
+        for rule, values in {"(default)": {}, **rules}.items():
+            asked = {**default, **values}
+            if asked.get("gpu_model"):
+                asked.setdefault("gpu", 1)  # how many is the rule's to say; a run's start checks that number
+            requests[rule] = resources.read(rule, asked, int(threads.get(rule, 1)))
+        return requests
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 

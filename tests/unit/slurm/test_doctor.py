@@ -105,3 +105,11 @@ def test_a_profile_is_read_as_snakemake_reads_it(tmp_path, monkeypatch):
 def test_a_missing_profile_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such profile"):
         profile_requests(tmp_path / "none")
+
+
+def test_a_profile_may_leave_the_number_of_gpus_to_the_rules(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "set-resources:\n  base: {slurm_partition: gpu, gpu_model: a100, runtime: 480}\n"
+    )
+    request = profile_requests(tmp_path)["base"]
+    assert (request.gpus, request.gpu_model) == (1, "a100")
