@@ -111,18 +111,13 @@ def newest_valid(checkpoints: str | Path, fingerprint: str, say: Callable[[str],
     return None
 
 
-def prune(checkpoints: str | Path, fingerprint: str, keep: int, foreign: bool = False) -> None:
-    """Remove all but the newest `keep` of this fingerprint; with `foreign` also those of other settings, and damaged ones."""
+def prune(checkpoints: str | Path, fingerprint: str, keep: int) -> None:
+    """Remove all but the newest `keep` of this fingerprint; those of other settings, and damaged ones, stay."""
     own = []
     for folder in sorted(Path(checkpoints).glob("step-*"), reverse=True):
-        try:
-            is_own = _state(folder)["fingerprint"] == fingerprint
-        except (UserError, KeyError, TypeError):
-            is_own = False
-        if is_own:
-            own.append(folder)
-        elif foreign:
-            _remove(folder)
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            if _state(folder)["fingerprint"] == fingerprint:
+                own.append(folder)
     for folder in own[keep:]:
         _remove(folder)
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ def _run(settings: config.TrainingSettings, arguments: argparse.Namespace, ranks
         save_model(out, model, extra)
         # metrics.json comes last: it is what says that the stage is complete.
         write_json(out / "metrics.json", _metrics(settings, trainer, ranks, inputs.padding_fraction))
-        checkpoint.prune(arguments.checkpoints, fingerprint, 1, foreign=True)
+        # Whoever forces the stage to run again wants it trained again, not taken from its last checkpoint.
+        shutil.rmtree(arguments.checkpoints, ignore_errors=True)
     return 0
 
 

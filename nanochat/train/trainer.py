@@ -304,7 +304,7 @@ class Trainer:
             self.history.restarts += 1
             self.say(f"going on from {newest.folder}")
         else:
-            self.say(f"all {self.steps} steps are in {newest.folder}; remove {self.checkpoints} to train anew")
+            self.say(f"all {self.steps} steps are in {newest.folder}")
 
     def _compile(self) -> None:
         """Run the first micro-batch forward and backward, so that what compiling takes is no part of a step's time."""
