@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 PROFILE ?= profiles/local
+RESULTS ?= results
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
 BIN = $(abspath $(VENV))/bin
@@ -10,7 +11,8 @@ BIN = $(abspath $(VENV))/bin
 
 run: install
 	@PATH="$(BIN):$$PATH" snakemake --profile $(PROFILE)
-	@PATH="$(BIN):$$PATH" nanochat report --headline
+	@PATH="$(BIN):$$PATH" nanochat report --results $(RESULTS) --headline
+	@echo "The whole report: $(RESULTS)/report.md"
 
 test: install
 	$(BIN)/pytest -m "not cluster and not gpu"
