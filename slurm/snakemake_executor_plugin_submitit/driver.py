@@ -192,7 +192,7 @@ class Driver:
             kind = "host_out_of_memory"
         further = kind == "checkpointed"  # who tells no steps is believed that it saved
         if step is not None:
-            further = submission.step is None or step > submission.step
+            further = step > (submission.step or 0)
         decision = decide(seen.state, kind, code, further, submission.resubmitted, seen.reason)
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")

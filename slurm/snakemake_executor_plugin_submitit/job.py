@@ -236,6 +236,10 @@ class Allocation:
             return exits.STALE, "stale"
         failed = [code for code in map(int, _read(exit_codes).split()) if code]
         code = failed[-1] if failed else 128 - returncode if returncode < 0 else returncode
+        if status.asked == "SIGUSR2" and code == 128 + signal.SIGUSR2:
+            # Ignored at the start, it kills only who handled it and had restored the default while ending: some clusters
+            # signal all processes of a job, others only us, so that a trainer can get it a second time while it exits.
+            code = exits.CHECKPOINTED
         kind = exits.kind(code)
         if kind == "checkpointed" and not _got_further(status.step, previous.get("step")):
             kind = "no_progress"
@@ -314,7 +318,7 @@ def requeue(job_id: str) -> None:
 
 
 def _got_further(step: int | None, previous: int | None) -> bool:
-    return step is None or previous is None or step > previous
+    return step is None or step > (previous or 0)
 
 
 def _wait_to_be_killed() -> None:

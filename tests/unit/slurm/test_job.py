@@ -103,6 +103,21 @@ def test_who_does_not_know_usr2_does_not_die_of_it(tmp_path):
     assert (tmp_path / "done").exists()
 
 
+def test_a_second_signal_while_a_trainer_exits_does_no_harm(tmp_path):
+    """Python restores the default of a signal when it ends, so the second one kills it with the checkpoint already there."""
+    (tmp_path / "late.py").write_text(
+        TRAINER.replace("sys.exit(85)", "signal.signal(signal.SIGUSR2, signal.SIG_DFL); time.sleep(60)")
+    )
+    process = start(tmp_path, f"bash -c '{sys.executable} late.py > log' || exit 1")
+    wait_for(tmp_path / "log", "ready")
+    process.send_signal(signal.SIGUSR2)
+    wait_for(tmp_path / "saved")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGUSR2)
+    status = finish(process, tmp_path)
+    assert (status["exit_code"], status["kind"]) == (85, "checkpointed")
+
+
 def test_cancelling_ends_the_whole_tree(tmp_path):
     """Also what has left the process group, and what ignores the request."""
     stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('pids', 'a').write(f'{os.getpid()}\\n'); time.sleep(60)"
