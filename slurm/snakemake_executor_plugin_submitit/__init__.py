@@ -9,8 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
@@ -27,9 +26,12 @@ class ExecutorSettings(ExecutorSettingsBase):
             "choices": ["local", "slurm"],
         },
     )
-    folder: Path = field(
-        default=Path("results/jobs"),
-        metadata={"help": "Folder for the jobs' own files; on a cluster it must be shared by all nodes."},
+    folder: str = field(
+        default="",
+        metadata={
+            "help": "Folder for the jobs' own files; on a cluster it must be shared by all nodes. Default: jobs/ in the "
+            "workflow's results (its pathvar `results`)."
+        },
     )
     ledger: str = field(
         default="",
@@ -81,6 +83,8 @@ class Executor(RemoteExecutor):
         from .driver import Driver
 
         settings = self.workflow.executor_settings or ExecutorSettings()
+        folder = settings.folder or f"{self.workflow.pathvars.get('results')}/jobs"
+        settings = replace(settings, folder=folder)
         try:
             self.driver = Driver(settings, self.logger, dict(self.envvars()), self.workflow.resource_settings.cores)
             self.driver.check(list(self.workflow.dag.needrun_jobs()))

@@ -139,6 +139,12 @@ def test_stages_run_by_hand_with_the_command_of_the_rule(checkout):
     assert (checkout.folder / "results/base/metrics.json").read_text() == before
 
 
+def test_another_results_folder_holds_the_jobs_too(checkout):
+    checkout.run(*checkout.snakemake("corpus", "--config", "results=elsewhere"))
+    assert (checkout.folder / "elsewhere/corpus/manifest.json").is_file()
+    assert (checkout.folder / "elsewhere/jobs/ledger.jsonl").is_file()
+
+
 def test_the_report_holds_only_numbers_of_its_json(checkout):
     page = (checkout.folder / "results/report.md").read_text()
     numbers = json.dumps(read_json(checkout.folder / "results/report.json"))
