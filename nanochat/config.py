@@ -176,7 +176,7 @@ class Source(Settings):
     conversations: int | None = Field(
         None,
         gt=0,
-        description="How many; generated ones are made, others are sampled (repeated when there are fewer). Empty: each once.",
+        description="How many; generated ones are made, others are sampled (repeated when there are fewer). Empty: each once; of those made without an end, 1,000.",
     )
 
 

@@ -30,10 +30,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -118,9 +117,9 @@ def require_checksum(path: str | Path, size_bytes: int, digest: str, listed_in: 
         raise UserError(f"{path}: its sha256 is not the one in {listed_in}. Damaged or replaced? {remedy}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Make what was written to a file durable, or a rename within a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.files import require_checksum, sha256, write_json
+from nanochat.files import require_checksum, sha256, sync, write_json
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -77,14 +77,14 @@ def save(
     }
     write_json(temporary / STATE, {"format": FORMAT, "step": step, "fingerprint": fingerprint, **state, "files": files})
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        sync(path)
     # Writing took time; another attempt may have begun meanwhile.
     require_newest_attempt()
     if final.exists():
         # The same step was saved before (damaged, or by an earlier attempt). A folder cannot replace a full one at once.
         final.rename(checkpoints / f".{final.name}.{os.getpid()}.old.tmp")
     temporary.rename(final)
-    _flush(checkpoints)
+    sync(checkpoints)
     for leftover in checkpoints.glob(".step-*.old.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     prune(checkpoints, fingerprint, keep)
@@ -154,11 +154,3 @@ def _remove(folder: Path) -> None:
     hidden = folder.parent / f".{folder.name}.{os.getpid()}.old.tmp"
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

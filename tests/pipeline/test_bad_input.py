@@ -17,6 +17,7 @@ CASES = {
     ),
     "missing corpus": ("corpus: {source: directory, paths: [nowhere]}", "nowhere"),
     "results not writable": ("results: config.yaml/results", "results"),
+    "empty corpus": ("corpus: {source: directory, paths: [empty]}", "corpus.paths = 'empty'"),
     "corpus too small": (
         "corpus: {source: directory, paths: [tiny.jsonl], validation_fraction: 0.5}",
         "needs train.base.sequence_length + 1 = 2,049",
@@ -33,6 +34,7 @@ def test_bad_input_ends_before_any_job(fresh_checkout, name):
     settings, expected = CASES[name]
     checkout = fresh_checkout
     (checkout.folder / "tiny.jsonl").write_text("".join(f'{{"text": "Line {n} is no corpus."}}\n' for n in range(20)))
+    (checkout.folder / "empty").mkdir()
     (checkout.folder / "latin.txt").write_bytes("Une chaîne de caractères.".encode("latin-1"))
     bundled = checkout.folder / "nanochat/data/bundled/sotu.parquet"
     (checkout.folder / "cut.parquet").write_bytes(bundled.read_bytes()[:100_000])
