@@ -16,6 +16,7 @@ run: install
 
 test: install
 	$(BIN)/pytest -m "not cluster and not gpu"
+	@echo "Not run here: the tests on a real SLURM (make test-cluster) and those on a GPU (pytest -m gpu)."
 
 test-cluster: install
 	$(BIN)/pytest -m cluster tests/cluster
