@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import resources
@@ -41,6 +41,7 @@ class Cluster:
     accounts: set[str]
     qos: set[str]
     qos_walltime: dict[str, str]
+    largest_node: dict[str, tuple[int, int]] = field(default_factory=dict)  # partition -> most CPUs, most MB of a node
 
     @classmethod
     def ask(cls) -> "Cluster":
@@ -59,9 +60,13 @@ class Cluster:
             fields = dict(item.split("=", 1) for item in line.split() if "=" in item)
             partitions[fields.get("PartitionName", "")] = fields
         gres: dict[str, str] = {}
-        for line in _run("sinfo", "--noheader", "-o", "%R|%G").splitlines():
-            name, _, value = line.partition("|")
+        largest: dict[str, tuple[int, int]] = {}
+        for line in _run("sinfo", "--noheader", "--exact", "-o", "%R|%G|%c|%m").splitlines():
+            name, value, cpus, memory = line.split("|")
             gres[name] = ",".join(filter(None, [gres.get(name), value]))
+            if cpus.isdigit() and memory.isdigit():
+                most = largest.get(name, (0, 0))
+                largest[name] = max(most[0], int(cpus)), max(most[1], int(memory))
         associations = _run("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos")
         rows = [line.split("|") for line in associations.splitlines() if "|" in line]
         walltimes = [
@@ -74,6 +79,7 @@ class Cluster:
             {row[0] for row in rows if row[0]},
             {qos for row in rows for qos in row[1].split(",") if qos},
             {row[0]: row[1] for row in walltimes if len(row) > 1 and row[1]},
+            largest,
         )
 
     @property
@@ -133,6 +139,15 @@ def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
     nodes = partition.get("MaxNodes", "")
     if nodes.isdigit() and request.nodes > int(nodes):
         found.append(Finding(FATAL, f"rule {rule}: nodes = {request.nodes}", f"partition {name} allows {nodes}"))
+    cpus, memory = cluster.largest_node.get(name, (None, None))
+    if cpus and partition.get("MaxCPUsPerNode", "").isdigit():
+        cpus = min(cpus, int(partition["MaxCPUsPerNode"]))
+    if cpus and request.cpus > cpus:
+        what = f"rule {rule}: threads = {request.cpus}: partition {name} has {cpus} CPUs a node"
+        found.append(Finding(FATAL, what, f"set-threads: {rule}={cpus} or fewer"))
+    if memory and request.memory_mb and request.memory_mb > memory:
+        what = f"rule {rule}: mem_mb = {request.memory_mb}: partition {name} has {memory} MB a node"
+        found.append(Finding(FATAL, what, f"set mem_mb to {memory} or less"))
     found += _gpus(cluster, rule, request, name)
     found += _account(cluster, rule, request, partition, name)
     return found

@@ -50,7 +50,8 @@ def decide(
     before     how often this job was already submitted again, by kind
     reason     the scheduler's words
     """
-    if state == "CANCELLED" and kind in (None, "cancelled", "killed", "checkpointed"):
+    # However it ended: a command that was cancelled in its first second dies of SIGTERM like any program.
+    if state == "CANCELLED" and kind != "host_out_of_memory":
         return Decision("give_up", "cancelled", reason or "it was cancelled")
     if state == "OUT_OF_MEMORY" or kind == "host_out_of_memory":
         return _again(before, "host_out_of_memory", "out of host memory (raise resources.mem_mb)", MEMORY_FACTOR)

@@ -87,8 +87,8 @@ def _torchrun(ranks: int, nodes: int, command: list[str]) -> int:
     else:
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['LAUNCH_ENDPOINT']}"]
         where += [f"--rdzv-id={os.environ['LAUNCH_ID']}"]
-        if _is_first_node():
-            where += ["--rdzv-conf=is_host=true"]
+        # Said, not guessed: torchrun guesses from the address, and where nodes share one, the second may take the first's port.
+        where += [f"--rdzv-conf=is_host={str(_is_first_node()).lower()}"]
     options = [*where, f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--max-restarts=0", "--no-python"]
     options += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
     try:

@@ -70,6 +70,23 @@ def test_out_of_host_memory_is_tried_again_with_more(run, cluster):
     assert_agrees_with_sacct(driver, cluster)
 
 
+def test_out_of_gpu_memory_is_tried_again_and_told_why(run, cluster):
+    driver = run(
+        'rule train:\n    output: "out/train"\n    log: "log/train.log"\n    resources: gpu=1\n'
+        '    shell: "echo ${{ATTEMPT_REASON:-first}} ${{ATTEMPT_REASON_COUNT:-0}} >> reasons; '
+        '[ ${{ATTEMPT_REASON_COUNT:-0}} = 2 ] || exit 86; touch {output}"\n'
+    )
+    driver.succeeds(120)
+    assert (driver.folder / "reasons").read_text().splitlines() == [
+        "first 0",
+        "cuda_out_of_memory 1",
+        "cuda_out_of_memory 2",
+    ]
+    assert [record["exit_code"] for record in driver.attempts("train")] == [86, 86, 0]
+    assert "the GPU ran out of memory" in driver.log
+    assert_agrees_with_sacct(driver, cluster)
+
+
 def test_walltime_over_the_partitions_limit_is_refused_before_submission(run):
     driver = run(sleepers(1, 1), resources=("slurm_partition=gpu_high", "runtime=600"))
     assert driver.wait(60) != 0

@@ -22,13 +22,20 @@ def cluster():
                 "DefaultTime": "01:00:00",
                 "MaxNodes": "2",
             },
-            "general": {"PartitionName": "general", "State": "UP", "MaxTime": "2-00:00:00", "Default": "YES"},
+            "general": {
+                "PartitionName": "general",
+                "State": "UP",
+                "MaxTime": "2-00:00:00",
+                "Default": "YES",
+                "MaxCPUsPerNode": "24",
+            },
             "old": {"PartitionName": "old", "State": "DOWN", "MaxTime": "UNLIMITED", "AllowAccounts": "staff"},
         },
         gres={"gpu": "gpu:a100:4", "general": "(null)", "old": "gpu:v100:2"},
         accounts={"lab"},
         qos={"normal", "short"},
         qos_walltime={"short": "00:10:00"},
+        largest_node={"gpu": (64, 512_000), "general": (32, 128_000)},
     )
 
 
@@ -41,6 +48,18 @@ def cluster():
             "runtime = 600 min is over the 480 min of partition gpu: set runtime to 480",
         ),
         (Request(partition="gpu", gpus=8, runtime_minutes=5), "partition gpu has 4 a node: set nodes = 2"),
+        (
+            Request(partition="gpu", cpus=128, runtime_minutes=5),
+            "threads = 128: partition gpu has 64 CPUs a node: set-threads: base=64",
+        ),
+        (
+            Request(partition="general", cpus=32, runtime_minutes=5),
+            "threads = 32: partition general has 24 CPUs a node: set-threads: base=24",
+        ),
+        (
+            Request(partition="general", memory_mb=256_000, runtime_minutes=5),
+            "mem_mb = 256000: partition general has 128000 MB a node: set mem_mb to 128000",
+        ),
         (Request(partition="gpu", gpus=1, gpu_model="h100", runtime_minutes=5), "partition gpu has a100: use a100"),
         (Request(partition="general", gpus=1, runtime_minutes=5), "partition general has no GPUs"),
         (Request(partition="gpu", gpus=12, nodes=3, runtime_minutes=5), "partition gpu allows 2"),

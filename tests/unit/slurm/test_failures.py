@@ -24,6 +24,8 @@ from snakemake_executor_plugin_submitit.failures import LIMITS, decide
         ("PREEMPTED", "checkpointed", 85, True, "resubmit", "preempted"),
         ("CANCELLED", None, None, False, "give_up", "cancelled"),
         ("CANCELLED", "checkpointed", 85, True, "give_up", "cancelled"),
+        ("CANCELLED", "program", 143, False, "give_up", "cancelled"),
+        ("CANCELLED", "host_out_of_memory", 137, False, "resubmit", "host_out_of_memory"),
         ("LOST", None, None, False, "resubmit", "lost"),
     ],
 )
