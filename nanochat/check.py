@@ -12,6 +12,7 @@ from nanochat.config import Config
 from nanochat.config_files import load_files, name_origin, require_writable
 from nanochat.data.preflight import preflight
 from nanochat.errors import UserError
+from nanochat.train.trackers import require_installed
 
 
 def check(config: Config, files: Iterable[str | Path]) -> None:
@@ -19,6 +20,7 @@ def check(config: Config, files: Iterable[str | Path]) -> None:
     try:
         require_writable(config.results)
         preflight(config)
+        require_installed(config.train.trackers)
     except UserError as error:
         raise UserError(name_origin(str(error), files)) from None
 

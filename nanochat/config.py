@@ -7,7 +7,8 @@ workflow writes it to `results/config/<stage>.json`, and a change of that file i
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
 
@@ -130,6 +131,7 @@ class Stage(Settings):
     """What the three trained stages have in common."""
 
     gpus: int = Field(4, ge=0, description="GPUs of the job. 0: train on the CPU.")
+    nodes: PositiveInt = Field(1, description="Nodes that they are on, the same number on each.")
     sequence_length: int = Field(2048, ge=16, description="Tokens in a row.")
     tokens_per_step: PositiveInt = Field(
         524_288,
@@ -148,6 +150,14 @@ class Stage(Settings):
     validation_tokens: PositiveInt = Field(10_485_760, description="Held-out tokens in such a measurement, at most.")
     checkpoint_every_seconds: float = Field(600.0, ge=0, description="What a lost node can cost at most.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept on disk.")
+    profile_steps: list[PositiveInt] = Field([], description="[first, last] step to trace with torch's profiler.")
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_and_last(cls, steps: list[int]) -> list[int]:
+        if steps and (len(steps) != 2 or steps[0] > steps[1]):
+            raise PydanticCustomError("steps", "must be [first, last], the first not after the last, or empty")
+        return steps
 
 
 class Base(Stage):
@@ -241,6 +251,7 @@ class Train(Settings):
         "stop",
         description="A loss or gradient that is not finite: stop the run before it reaches a checkpoint, or skip the step.",
     )
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="Where to send curves, beside log.jsonl.")
     optimizer: Optimizer = Field(Optimizer(), description="Learning rates are those of a model of width 768.")
     base: Base = Field(Base(), description="Pretraining on the corpus.")
     mid: Mid = Field(Mid(), description="Midtraining: the chat format, multiple choice, tool use.")
@@ -254,7 +265,7 @@ class BatchSize(Settings):
     max_device_batch_size: PositiveInt = Field(512, description="Rows at which the search ends even if more would fit.")
     cache: str = Field(
         "~/.cache/nanochat-slurm/batch_size",
-        description="Folder of plans measured before, by model, device and software. Empty: always measure.",
+        description="Folder of what was measured before, by model, device and software. Empty: always measure.",
     )
     probe_timeout_seconds: float = Field(
         300.0, gt=0, description="A probe that takes longer is ended and counts as not fitting."
@@ -294,12 +305,12 @@ class Benchmark(Settings):
     """Before/after measurements at the model's own size."""
 
     gpus: int = Field(1, ge=0, description="GPUs of the job.")
-    names: list[Literal["training", "kv_cache", "first_token"]] = Field(
-        ["training", "kv_cache", "first_token"], min_length=1, description="Which benchmarks."
+    names: list[Literal["training", "compile", "batch_size", "kv_cache", "first_token"]] = Field(
+        ["training", "compile", "batch_size", "kv_cache", "first_token"], min_length=1, description="Which benchmarks."
     )
     steps: PositiveInt = Field(20, description="Timed steps a row, after the warm-up; the median is reported.")
     batch_sizes: list[PositiveInt] = Field(
-        [1, 4, 16, 32, 64, 93], min_length=1, description="Rows decoded side by side (kv_cache)."
+        [1, 4, 8, 16, 32, 64, 93, 128, 256], min_length=1, description="Rows decoded side by side (kv_cache)."
     )
     prompt_tokens: PositiveInt = Field(50, description="kv_cache: tokens of the prompt.")
     new_tokens: PositiveInt = Field(200, description="kv_cache: tokens decoded.")
@@ -377,6 +388,7 @@ class TrainingSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float32"]
     compile: Literal["auto", "on", "off"]
     on_nonfinite: Literal["stop", "skip"]
+    trackers: list[Literal["tensorboard", "wandb"]] = []
     optimizer: Optimizer
     train: Base | ChatStage
 
@@ -442,6 +454,7 @@ def stage_settings(config: Config) -> dict[str, Settings]:
             dtype=train.dtype,
             compile=train.compile,
             on_nonfinite=train.on_nonfinite,
+            trackers=train.trackers,
             optimizer=train.optimizer,
             train=own,
         )

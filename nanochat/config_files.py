@@ -175,6 +175,10 @@ def _stage_conflicts(path: tuple[str, ...], stage: Stage) -> Iterable[tuple[tupl
             stage.device_batch_size,
             f"does not divide the {rows} rows that a step has on each device. Nearest: {below}, {above}.",
         )
+    if stage.gpus % stage.nodes:
+        below = stage.gpus // stage.nodes * stage.nodes
+        nearest = ", ".join(str(n) for n in (below, below + stage.nodes) if n)
+        yield (*path, "gpus"), stage.gpus, f"not the same number on each of {stage.nodes} nodes. Nearest: {nearest}."
     if stage.warmup_fraction + stage.decay_fraction > 1:
         total = f"{stage.warmup_fraction} + {stage.decay_fraction}"
         yield (

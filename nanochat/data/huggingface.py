@@ -35,11 +35,11 @@ def list_files(repo_id: str, pattern: str, revision: str) -> list[RemoteFile]:
         info = HfApi().dataset_info(repo_id, revision=revision, files_metadata=True, timeout=60)
     except GatedRepoError:
         raise UserError(
-            f"corpus.repo_id = {repo_id!r}: access must be granted on its page first; then set HF_TOKEN."
+            f"corpus.repo_id = {repo_id!r}: access must be granted on its page first; then run `hf auth login` (jobs read the token in your home)."
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"corpus.repo_id = {repo_id!r}: no such dataset on {_endpoint()}. It has the form owner/name; a private one needs HF_TOKEN."
+            f"corpus.repo_id = {repo_id!r}: no such dataset on {_endpoint()}. It has the form owner/name; for a private one run `hf auth login`."
         ) from None
     except RevisionNotFoundError:
         raise UserError(

@@ -42,6 +42,10 @@ def error_of(tmp_path, text):
             "train: {optimizer: {matrix_learning_rate: 1e-3}}",
             "train.optimizer.matrix_learning_rate = 1e-3: not a number. YAML reads 1e-3 as text: write 0.001 or 1.0e-3.",
         ),
+        (
+            "train: {base: {gpus: 2, nodes: 4}}",
+            "train.base.gpus = 2: not the same number on each of 4 nodes. Nearest: 4.",
+        ),
         ("model: {width: 100, heads: 7}", "model.heads = 7: does not divide the width 100. Nearest that does: 5."),
         ("model: {width: 64, heads: 4, kv_heads: 3}", "model.kv_heads = 3: does not divide the 4 heads."),
         (

@@ -36,6 +36,11 @@ if workflow.is_main_process and not workflow.dryrun:
         logger.info(f"The driver with process id {killed} was killed; its lock is removed.")
 
 
+def threads_of(stage):
+    """CPUs of a training job on each of its nodes: 16 a GPU."""
+    return 16 * max(1, stage.gpus // stage.nodes)
+
+
 wildcard_constraints:
     stage="|".join(TRAINED_STAGES),
     benchmark="[a-z_]+",

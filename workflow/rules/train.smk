@@ -21,9 +21,10 @@ rule base:
         "<results>/base/base.log",
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: 16 * max(1, run.train.base.gpus)
+    threads: threads_of(run.train.base)
     resources:
         gpu=run.train.base.gpus,
+        nodes=run.train.base.nodes,
     params:
         folder=subpath(output.model, parent=True),
         tokens=subpath(input.tokens, parent=True),
@@ -54,9 +55,10 @@ rule mid:
         "<results>/mid/mid.log",
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: 16 * max(1, run.train.mid.gpus)
+    threads: threads_of(run.train.mid)
     resources:
         gpu=run.train.mid.gpus,
+        nodes=run.train.mid.nodes,
     params:
         folder=subpath(output.model, parent=True),
         model=subpath(input.model, parent=True),
@@ -88,9 +90,10 @@ rule sft:
         "<results>/sft/sft.log",
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: 16 * max(1, run.train.sft.gpus)
+    threads: threads_of(run.train.sft)
     resources:
         gpu=run.train.sft.gpus,
+        nodes=run.train.sft.nodes,
     params:
         folder=subpath(output.model, parent=True),
         model=subpath(input.model, parent=True),
