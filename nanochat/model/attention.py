@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.model.kernels import causal_attention, norm
+from nanochat.model.kernels import HAS_TRITON, causal_attention, fused, norm
+
+if HAS_TRITON:
+    from nanochat.model.fused_projection import Projection
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
@@ -109,11 +112,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). Without a cache: causal over the T tokens. With: `positions` (B, T), `mask` (B, 1, T, length)."""
         rows, tokens, width = x.shape
-        qkv = self.qkv(x).view(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        # Queries and keys are normed and turned alike, so they go through it as one tensor.
-        turned = norm(rotate(qkv[:, :, : self.heads + self.kv_heads], cos, sin))
-        queries, keys = turned.split((self.heads, self.kv_heads), dim=2)
-        values = qkv[:, :, self.heads + self.kv_heads :]
+        if cache is None and fused("projection", x):
+            weight = self.qkv.weight.to(x.dtype)
+            queries, keys, values = Projection.apply(x, weight, cos, sin, self.heads, self.kv_heads)
+        else:
+            qkv = self.qkv(x).view(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+            # Queries and keys are turned and normed alike, so they go through it as one tensor.
+            turned = norm(rotate(qkv[:, :, : self.heads + self.kv_heads], cos, sin))
+            queries, keys = turned.split((self.heads, self.kv_heads), dim=2)
+            values = qkv[:, :, self.heads + self.kv_heads :]
         if cache is None:
             attended = causal_attention(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
         else:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from nanochat.config import Model
 from nanochat.errors import UserError
 from nanochat.model.attention import Attention, KVCache, Linear, rotary_table
-from nanochat.model.kernels import norm, squared_relu
+from nanochat.model.kernels import HAS_TRITON, fused, norm, squared_relu
 from nanochat.model.loss import softcapped_logits, summed_loss, token_losses
+
+if HAS_TRITON:
+    from nanochat.model.fused_mlp import FusedMLP
 
 # Positions the rotary table holds, as a multiple of the training length: a chat may grow beyond a training row.
 ROTARY_REACH = 8
@@ -75,6 +78,9 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Without gradients the compiler fuses as much, and inference stays on one path for any number of rows.
+        if torch.is_grad_enabled() and fused("mlp", x):
+            return FusedMLP.apply(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return self.down(squared_relu(self.up(x)))
 
 
@@ -87,8 +93,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        x, change = self.deferred(x, *attention_arguments)
+        return x + change
+
+    def deferred(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor]:
+        """The stream after attention, and what the MLP adds to it."""
         x = x + self.attention(norm(x), *attention_arguments)
-        return x + self.mlp(norm(x))
+        return x, self.mlp(norm(x))
 
 
 class GPT(nn.Module):
@@ -156,6 +167,10 @@ class GPT(nn.Module):
         x = self.hidden(tokens, positions, cache)
         if targets is None:
             return softcapped_logits(x[:, -1:] if last_only else x, self.head, self.config.logit_softcap)
+        return self.loss(x, targets, reduction)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The loss of the stream `x` that `hidden` gave; `targets` and `reduction` as of `forward`."""
         flat, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if reduction == "none":
             return token_losses(flat, self.head, flat_targets, self.config.logit_softcap).view(targets.shape)
@@ -164,17 +179,25 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The normed stream before the head: (B, T) int64 -> (B, T, C) in compute_dtype."""
-        longest = tokens.size(1) if cache is None else cache.length
-        if longest > self.cos.size(0):
-            raise ValueError(f"{longest} positions; this model's rotary table reaches {self.cos.size(0)}")
         if positions is None:
             assert cache is None, "with a cache the positions must be given"
-            cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
-        else:
-            cos, sin = self.cos[positions], self.sin[positions]
-        cos, sin = cos[:, :, None].to(self.compute_dtype), sin[:, :, None].to(self.compute_dtype)
+        cos, sin = self.angles(tokens.size(1) if cache is None else cache.length, positions)
         mask = None if cache is None else cache.mask(positions)
-        x = norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        x = self.embedded(tokens)
         for block in self.blocks:
             x = block(x, cos, sin, cache, positions, mask)
         return norm(x)
+
+    def angles(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, T, 1, D/2) at `positions` (B, T), or (1, length, 1, D/2) at 0..length-1, in compute_dtype."""
+        if length > self.cos.size(0):
+            raise ValueError(f"{length} positions; this model's rotary table reaches {self.cos.size(0)}")
+        at = slice(length) if positions is None else positions
+        cos, sin = self.cos[at][..., None, :], self.sin[at][..., None, :]
+        if positions is None:
+            cos, sin = cos[None], sin[None]
+        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C), the stream before the first block."""
+        return norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))

@@ -1,17 +1,50 @@
 """The small operations between the matrix products, each in the form that its device runs fastest.
 
-On a GPU torch has fused kernels, or the compiler makes them. On a CPU each torch operation is a pass over memory and its
-generic gradient several more: written out by hand they train the local profile's model 1.3x faster (bfloat16, T = 256).
+On a GPU torch has fused kernels, the compiler makes them, or they are in fused_*.py. On a CPU each torch operation is a pass
+over memory and its generic gradient several more: written out by hand they train the local profile's model 1.3x faster
+(bfloat16, T = 256).
 """
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 EPSILON = 1e-6
 # Up to here a CPU is faster with the whole square of scores than with torch's flash attention: at T = 256 forward and
 # backward of 3 heads of 64 take 4.5 ms against 9.9 ms.
 SQUARE_TOKENS = 512
+
+KERNELS = ("loss", "projection", "mlp")
+_in_use = dict.fromkeys(KERNELS, True)
+
+
+def fused(kernel: str, x: Tensor) -> bool:
+    """Is this package's Triton kernel, one of KERNELS, to be used for `x`? Elsewhere torch's operations are."""
+    if not (HAS_TRITON and x.device.type == "cuda" and _in_use[kernel]):
+        return False
+    return kernel != "mlp" or (x.dtype == torch.bfloat16 and x.size(-1) % 8 == 0 and _is_hopper(x.device))
+
+
+@contextlib.contextmanager
+def only_kernels(*names: str) -> Iterator[None]:
+    """Within it no other Triton kernels of this package are used: to measure what each of them gives."""
+    before = dict(_in_use)
+    _in_use.update({name: name in names for name in before})
+    try:
+        yield
+    finally:
+        _in_use.update(before)
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    """Has it tensor descriptors, and the shared memory that the MLP's tiles were chosen for?"""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def norm(x: Tensor) -> Tensor:

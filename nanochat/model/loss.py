@@ -2,13 +2,17 @@
 
 With 65,536 entries the float32 logits of 32 rows of 2,048 tokens are 17 GB. Here they exist only for `CHUNK_BYTES` worth of
 tokens, forward and backward: the gradient is computed together with the loss, while a slice's logits are still there.
+On a GPU with Triton fused_loss.py does the same in fewer passes over memory.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.model.kernels import tanh_
+from nanochat.model.kernels import HAS_TRITON, fused, tanh_
+
+if HAS_TRITON:
+    from nanochat.model import fused_loss
 
 # On a CPU a slice should stay in the cache: the loss makes several passes over it (measured: 3x faster than 64 MB).
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -28,6 +32,8 @@ def softcapped_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
     """-log p of each target in nats: x (N, C), targets (N,) -> (N,) float32, 0 where the target is -1. For evaluation."""
+    if fused("loss", x):
+        return fused_loss.cross_entropies(x, weight, targets, softcap, fused_loss.slice_tokens(weight.size(0), x.dtype))
     weight, losses = weight.to(x.dtype), []
     step = chunk_tokens(weight.size(0), x.device)
     for part, target in zip(x.split(step), targets.split(step), strict=True):
@@ -39,7 +45,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> 
 def summed_loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
     """Sum of `token_losses`, a float32 scalar, without the logits of all tokens ever existing at once."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _SummedLoss.apply(x, weight, targets, softcap)
+        by_hand = fused_loss.SummedLoss if fused("loss", x) else _SummedLoss
+        return by_hand.apply(x, weight, targets, softcap)
     return token_losses(x, weight, targets, softcap).sum()
 
 

@@ -2,16 +2,20 @@
 
 Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest orthogonal matrix: every direction of the update gets
 the same length. It is made of matrix products only, batched here over all matrices of a shape.
+
+Whether an update happens at all is decided on the device: a step whose loss or gradient is not finite changes neither weights nor
+state, and nobody has to wait for the device to know. With several ranks each updates its share.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanochat import config
 from nanochat.errors import UserError
+from nanochat.model.banks import Alone, Bank, Layout, Ranks, make_banks, wait_for_all
 from nanochat.model.gpt import GPT
 
 # Polar Express (Amsel et al. 2025), five steps: the polynomial of each step is the best for the interval that the one
@@ -51,123 +55,219 @@ def momentum_at(step: int, momentum: float) -> float:
     return first + (momentum - first) * min(1.0, step / MOMENTUM_WARMUP_STEPS)
 
 
-@dataclass
-class _Bank:
-    """All matrices of one shape: the momentum is one tensor, so an update is a few large products."""
+def muon_update(
+    weights: Tensor,
+    momentum: Tensor,
+    gradients: Tensor,
+    coefficients: Tensor,
+    gradient_scale: Tensor,
+    ok: Tensor,
+    parts: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Update weights and momentum in place, using the gradients up; nothing changes where `ok` is false, whatever they are.
 
-    slices: list[tuple[str, int, int]]  # parameter's name, first row, rows
-    momentum: Tensor  # (n, rows, columns) float32
+    weights, momentum, gradients  (n, rows, columns) float32
+    coefficients                  (3,) learning rate, learning rate x weight decay, momentum
+    gradient_scale, ok            scalars, float32 and bool
+    parts                         rows of the matrices that the rows consist of; each is a matrix of its own to Muon
+    dtype                         of the matrix products
+    """
+    rate, decay, beta = (coefficients * ok).unbind()
+    gradients.mul_(gradient_scale).masked_fill_(~ok, 0.0)
+    momentum.lerp_(gradients, ok.float() - beta)
+    update = gradients.lerp_(momentum, beta)  # Nesterov
+    weights.mul_(1 - decay)
+    first = 0
+    # Neighbours of one size, as queries, keys and values mostly are, go in one batch.
+    for rows, group in itertools.groupby(parts):
+        count = len(list(group))
+        stop = first + count * rows
+        matrices = update[:, first:stop].reshape(-1, rows, update.size(-1))
+        matrices = orthogonalize(matrices, dtype).to(weights.dtype)
+        # A tall matrix' update is longer, so that the change of its outputs is that of a square one.
+        tallness = max(1.0, rows / update.size(-1)) ** 0.5
+        weights[:, first:stop].sub_(matrices.reshape(-1, stop - first, update.size(-1)) * (rate * tallness))
+        first = stop
 
 
 class Optimizer:
     """Both optimizers behind one `step`.
 
-    The queries', keys' and values' parts of a fused projection are matrices of their own to Muon. State is kept and saved
-    under the names of parameters: it does not depend on the number of ranks.
+    It lays out the weights and gradients of the model's parameters in banks: make it after the model is on its device.
+    The queries', keys' and values' parts of a fused projection are matrices of their own to Muon. State is saved under the
+    names of parameters: it does not depend on the number of ranks.
     """
 
-    def __init__(self, model: GPT, settings: config.Optimizer, dtype: torch.dtype | None = None):
-        """dtype  of Muon's products; None: the model's compute dtype"""
-        self.settings, self.dtype = settings, dtype or model.compute_dtype
+    def __init__(
+        self,
+        model: GPT,
+        settings: config.Optimizer,
+        dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
+        compile: bool = False,
+    ):
+        """
+        dtype    of Muon's products; None: the model's compute dtype
+        ranks    that share the update and its state; None: this process alone
+        compile  Muon's update: its elementwise passes become a few kernels
+        """
+        self.settings, self.dtype, self.ranks = settings, dtype or model.compute_dtype, ranks or Alone()
         self.parameters = dict(model.named_parameters())
-        self.banks = list(_banks(model))
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
         # Learning rates are given for a width of 768; of Adam's they fall with the square root of the width.
         scale = (768 / model.config.width) ** 0.5
         self.adam_rates = {
             "embedding": settings.embedding_learning_rate * scale,
             "head": settings.unembedding_learning_rate * scale,
         }
-        self.adam = torch.optim.AdamW(
-            [{"params": [self.parameters[name]], "lr": rate} for name, rate in self.adam_rates.items()],
-            betas=ADAM_BETAS,
-            eps=ADAM_EPSILON,
-            weight_decay=0.0,
-            fused=True,
-        )
-        for name in self.adam_rates:
+        layouts = _layouts(model, list(self.adam_rates))
+        self.banks, self.gradients = make_banks(layouts, self.parameters, self.ranks)
+        self.matrices = [bank for bank in self.banks if not bank.layout.by_rows]
+        self.momenta = [torch.zeros_like(bank.share(bank.weights)) for bank in self.matrices]
+        self.rows = [bank for bank in self.banks if bank.layout.by_rows]
+        self.adam = self._make_adam()
+
+    def _make_adam(self) -> torch.optim.AdamW:
+        """Of this rank's rows. The fused one takes the gradients' scale and a flag that there is no update from the device."""
+        groups = []
+        for bank in self.rows:
+            share = torch.nn.Parameter(bank.share(bank.weights))
+            share.grad = bank.share(bank.gradients)
+            groups.append({"params": [share], "lr": self.adam_rates[bank.layout.names[0]]})
+        adam = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True)
+        for group in adam.param_groups:
+            share = group["params"][0]
             # From the start, so that the state has the same keys before the first update as after it.
-            parameter = self.parameters[name]
-            self.adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+            adam.state[share] = {
+                "step": torch.zeros((), dtype=torch.float32, device=share.device),
+                "exp_avg": torch.zeros_like(share),
+                "exp_avg_sq": torch.zeros_like(share),
             }
+        return adam
+
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+
+    def reduce_gradients(self) -> Tensor:
+        """Sum the gradients over the ranks, each rank its share; returns the square of its share's norm, float64.
+
+        The ranks' squares add up to that of the whole gradient; not finite when any gradient is not.
+        """
+        wait_for_all([self.ranks.reduce_scatter(bank.gradients) for bank in self.banks])
+        if self.ranks.size == 1:
+            return torch.linalg.vector_norm(self.gradients).double().square()
+        norms = torch._foreach_norm([bank.share(bank.gradients) for bank in self.banks])
+        return torch.stack(norms).double().square().sum()
 
     @torch.no_grad()
-    def step(self, step: int, learning_rate_scale: float) -> None:
-        """Update the weights from their gradients.
+    def step(
+        self,
+        step: int,
+        learning_rate_scale: float,
+        gradient_scale: Tensor | None = None,
+        ok: Tensor | None = None,
+    ) -> None:
+        """Update the weights from their gradients: this rank's share, then every rank has all.
 
         step                 counted from 0: Muon's momentum depends on it
         learning_rate_scale  the schedule's factor, of all learning rates
+        gradient_scale       multiplies the gradients; a scalar on the device
+        ok                   false: nothing changes, neither weights nor state; a bool scalar on the device
         """
-        for group, rate in zip(self.adam.param_groups, self.adam_rates.values(), strict=True):
-            group["lr"] = rate * learning_rate_scale
+        device = self.gradients.device
+        scale = torch.ones((), device=device) if gradient_scale is None else gradient_scale.float()
+        ok = torch.ones((), dtype=torch.bool, device=device) if ok is None else ok
+        for group, bank in zip(self.adam.param_groups, self.rows, strict=True):
+            group["lr"] = self.adam_rates[bank.layout.names[0]] * learning_rate_scale
+        self.adam.grad_scale, self.adam.found_inf = 1 / scale, 1 - ok.float()
         self.adam.step()
-        momentum = momentum_at(step, self.settings.momentum)
+        # These are large and Muon is matrix products: what is sent meanwhile costs next to nothing.
+        pending = [self.ranks.all_gather(bank.weights) for bank in self.rows]
         rate = self.settings.matrix_learning_rate * learning_rate_scale
-        for bank in self.banks:
-            gradients = torch.stack([self.parameters[n].grad[first : first + rows] for n, first, rows in bank.slices])
-            bank.momentum.lerp_(gradients, 1 - momentum)
-            update = orthogonalize(gradients.lerp_(bank.momentum, momentum), self.dtype)  # Nesterov
-            # A tall matrix' update is longer, so that the change of its outputs is that of a square one.
-            tallness = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
-            weights = [self.parameters[n][first : first + rows] for n, first, rows in bank.slices]
-            if self.settings.weight_decay:
-                torch._foreach_mul_(weights, 1 - rate * self.settings.weight_decay)
-            torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind(0)), alpha=-rate * tallness)
+        momentum = momentum_at(step, self.settings.momentum)
+        coefficients = torch.tensor([rate, rate * self.settings.weight_decay, momentum])
+        if device.type == "cuda":
+            coefficients = coefficients.pin_memory().to(device, non_blocking=True)
+        for bank, state in zip(self.matrices, self.momenta, strict=True):
+            if bank.owned:
+                own = [bank.share(bank.weights)[: bank.owned], state[: bank.owned]]
+                own.append(bank.share(bank.gradients)[: bank.owned])
+                self.muon_update(*own, coefficients, scale, ok, bank.layout.parts, self.dtype)
+            pending.append(self.ranks.all_gather(bank.weights))
+        wait_for_all(pending)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor: `<parameter>.momentum`, or `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`. For all ranks at once.
+
+        With several ranks the gradients' memory, free between steps, is where the shares come together: a tensor is good
+        until the next one is asked for, and the gradients are gone.
+        """
+        for bank, share in zip(self.matrices, self.momenta, strict=True):
+            for name, tensor in bank.by_name(self._whole(bank, share)):
+                yield f"{name}.momentum", tensor
+        for bank, adam in self._adam_states():
+            name = bank.layout.names[0]
+            yield f"{name}.step", adam["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                yield f"{name}.{key}", next(bank.by_name(self._whole(bank, adam[key])))[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: `<parameter>.momentum`, `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`."""
-        state = {}
-        for name in self.parameters:
-            if parts := self._momentum_of(name):
-                state[f"{name}.momentum"] = torch.cat(parts)
-        for name in self.adam_rates:
-            for key, value in self.adam.state[self.parameters[name]].items():
-                state[f"{name}.{key}"] = value
-        return state
+        """A copy of `state`, on its device."""
+        return {name: tensor.clone() for name, tensor in self.state()}
+
+    def state_like(self) -> dict[str, Tensor]:
+        """A tensor of the same shape and dtype for each of `state`; its content is something else."""
+        like = {f"{name}.momentum": self.parameters[name] for bank in self.matrices for name in bank.layout.names}
+        for bank, adam in self._adam_states():
+            name = bank.layout.names[0]
+            like |= {f"{name}.step": adam["step"]}
+            like |= {f"{name}.{key}": self.parameters[name] for key in ("exp_avg", "exp_avg_sq")}
+        return like
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises UserError when it is of another model."""
-        expected = {f"{name}.momentum" for name in self.parameters if self._momentum_of(name)}
-        expected |= {f"{name}.{key}" for name in self.adam_rates for key in ("exp_avg", "exp_avg_sq", "step")}
-        if state.keys() ^ expected:
-            differing = sorted(state.keys() ^ expected)
+        """Take over what `state` gave, on however many ranks. Raises UserError when it is of another model."""
+        like = self.state_like()
+        differing = sorted(state.keys() ^ like.keys())
+        differing += [name for name in like if name in state and state[name].shape != like[name].shape]
+        if differing:
             raise UserError(f"optimizer state: {differing[0]}: it is that of another model.")
-        for name in self.parameters:
-            first = 0
-            for part in self._momentum_of(name):
-                part.copy_(state[f"{name}.momentum"][first : first + part.size(0)])
-                first += part.size(0)
-        for name in self.adam_rates:
-            for key, tensor in self.adam.state[self.parameters[name]].items():
-                tensor.copy_(state[f"{name}.{key}"])
+        for bank, share in zip(self.matrices, self.momenta, strict=True):
+            bank.take_share({name: state[f"{name}.momentum"] for name in bank.layout.names}, share)
+        for bank, adam in self._adam_states():
+            name = bank.layout.names[0]
+            adam["step"].copy_(state[f"{name}.step"])
+            for key in ("exp_avg", "exp_avg_sq"):
+                bank.take_share({name: state[f"{name}.{key}"]}, adam[key])
 
-    def _momentum_of(self, name: str) -> list[Tensor]:
-        """The parts of a parameter's momentum, from its first row to its last; views."""
-        parts = [
-            (first, bank.momentum[i])
-            for bank in self.banks
-            for i, (owner, first, _) in enumerate(bank.slices)
-            if owner == name
-        ]
-        return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+    def _adam_states(self) -> Iterator[tuple[Bank, dict[str, Tensor]]]:
+        for bank, group in zip(self.rows, self.adam.param_groups, strict=True):
+            yield bank, self.adam.state[group["params"][0]]
+
+    def _whole(self, bank: Bank, share: Tensor) -> Tensor:
+        """(slots, *item) from the shares of all ranks."""
+        if self.ranks.size == 1:
+            return share
+        bank.share(bank.gradients).copy_(share)
+        wait_for_all([self.ranks.all_gather(bank.gradients)])
+        return bank.gradients
 
 
-def _banks(model: GPT) -> Iterator[_Bank]:
-    by_shape: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
-    head_dim = model.config.width // model.config.heads
+def _layouts(model: GPT, adam_names: list[str]) -> list[Layout]:
+    """Adam's parameters by rows; the blocks' matrices by shape, the largest first, so that the last to be sent is small."""
+    by_shape: dict[tuple, list[str]] = {}
     for name, parameter in model.named_parameters():
-        if not name.startswith("blocks."):
+        if name in adam_names:
             continue
+        is_matrix = name.startswith("blocks.") and parameter.dim() == 2
+        assert is_matrix, f"{name}: no optimizer is given for it"
+        parts = (parameter.size(0),)
         if name.endswith("attention.qkv.weight"):
-            sizes = [model.config.heads * head_dim, model.config.kv_heads * head_dim, model.config.kv_heads * head_dim]
-        else:
-            sizes = [parameter.size(0)]
-        first = 0
-        for rows in sizes:
-            by_shape.setdefault((rows, parameter.size(1)), []).append((name, first, rows))
-            first += rows
-    for (rows, columns), slices in by_shape.items():
-        yield _Bank(slices, torch.zeros(len(slices), rows, columns, dtype=torch.float32, device=model.device))
+            head_dim = model.config.width // model.config.heads
+            parts = tuple(heads * head_dim for heads in (model.config.heads, *[model.config.kv_heads] * 2))
+        by_shape.setdefault((tuple(parameter.shape), parts), []).append(name)
+    parameters = dict(model.named_parameters())
+    layouts = [Layout((name,), tuple(parameters[name].shape), by_rows=True) for name in adam_names]
+    matrices = [Layout(tuple(names), shape, parts=parts) for (shape, parts), names in by_shape.items()]
+    return layouts + sorted(matrices, key=lambda layout: -torch.Size(layout.shape).numel())

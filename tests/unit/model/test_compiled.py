@@ -1,4 +1,4 @@
-"""The compiled model learns what the eager one does.
+"""The compiled model learns what the eager one does, with the kernels of a GPU too.
 
 A custom gradient whose saved tensors were written in place came out as zeros from torch 2.11's compiler: the loss was right and
 nothing was learnt.
@@ -9,14 +9,19 @@ import shutil
 import pytest
 import torch
 
+from nanochat.model import attention, gpt, loss
+from nanochat.model.compiled import CompiledLoss
 from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.kernels import fused, only_kernels
 
 CONFIG = GPTConfig(
-    vocab_size=512, depth=2, width=64, heads=2, kv_heads=1, logit_softcap=15.0, rope_base=1e4, sequence_length=64
+    vocab_size=512, depth=2, width=64, heads=2, kv_heads=1, logit_softcap=15.0, rope_base=1e4, sequence_length=16
 )
+LENGTH = 16
 
 
-def loss_and_gradients(device: str, compiled: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(device: torch.device, wrap=lambda model: model) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Training loss, evaluation loss, gradients."""
     model = GPT(CONFIG)
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
@@ -24,24 +29,81 @@ def loss_and_gradients(device: str, compiled: bool) -> tuple[float, dict[str, to
         for parameter in model.blocks.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     model.to(device)
-    tokens = torch.randint(0, 512, (4, 64), generator=generator).to(device)
-    targets = torch.where(torch.rand(4, 64, generator=generator) < 0.3, -1, tokens.cpu().roll(-1, 1)).to(device)
-    loss = (torch.compile(model, dynamic=False) if compiled else model)(tokens, targets, reduction="sum")
-    loss.backward()
-    return loss.item(), {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    tokens = torch.randint(0, 512, (4, LENGTH), generator=generator)
+    targets = torch.where(torch.rand(4, LENGTH, generator=generator) < 0.3, -1, tokens.roll(-1, 1)).to(device)
+    forward = wrap(model)
+    total = forward(tokens.to(device), targets, reduction="sum")
+    total.backward()
+    with torch.no_grad():
+        evaluated = forward(tokens.to(device), targets, reduction="none").sum()
+    return total.item(), evaluated.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def test_compiled_gradients_equal_eager_ones(device):
-    if device == "cpu" and not shutil.which("g++"):
-        pytest.skip("torch.compile needs a C++ compiler on a CPU")
-    eager_loss, eager = loss_and_gradients(device, compiled=False)
-    loss, compiled = loss_and_gradients(device, compiled=True)
-    assert loss == pytest.approx(eager_loss, rel=1e-4)
-    for name, gradient in eager.items():
+def assert_same(found, expected) -> None:
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+    for name, gradient in expected[2].items():
         assert gradient.norm() > 0, name
         torch.testing.assert_close(
-            compiled[name], gradient, rtol=2e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+            found[2][name], gradient, rtol=2e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+@pytest.fixture
+def torch_and_kernels(monkeypatch, kernel_device):
+    """What torch's own operations give on the device; from here on the Triton kernels are used, on a CPU too."""
+    with only_kernels():
+        expected = loss_and_gradients(kernel_device)
+    if kernel_device.type == "cpu":
+        for module in (attention, loss, gpt):
+            monkeypatch.setattr(module, "fused", lambda kernel, x: True)
+    return kernel_device, expected
+
+
+def test_kernels_learn_what_torch_does(torch_and_kernels):
+    device, expected = torch_and_kernels
+    assert_same(loss_and_gradients(device), expected)
+
+
+def compiler_of(device: torch.device) -> None:
+    if device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrap", [CompiledLoss, lambda model: torch.compile(model, dynamic=False)], ids=["blocks", "whole"]
+)
+def test_compiled_kernels_learn_what_torch_does(torch_and_kernels, wrap):
+    device, expected = torch_and_kernels
+    compiler_of(device)
+    assert_same(loss_and_gradients(device, wrap), expected)
+
+
+@pytest.mark.slow
+def test_compiled_gradients_equal_eager_ones_on_a_cpu():
+    cpu = torch.device("cpu")
+    compiler_of(cpu)
+    assert_same(loss_and_gradients(cpu, CompiledLoss), loss_and_gradients(cpu))
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_blocks():
+    compiler_of(torch.device("cpu"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loss_and_gradients(torch.device("cpu"), CompiledLoss)
+    # The first block with the embedding, the others, the last norm: with and without gradients.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 6
+
+
+def test_kernels_are_switched_off_one_by_one():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.zeros(2, 8, dtype=torch.bfloat16, device=device)
+    before = {name: fused(name, x) for name in ("loss", "projection", "mlp")}
+    with only_kernels("loss"):
+        assert fused("loss", x) == before["loss"]
+        assert not fused("projection", x)
+        with only_kernels():
+            assert not fused("loss", x)
+        assert fused("loss", x) == before["loss"]
+    assert {name: fused(name, x) for name in before} == before

@@ -78,6 +78,72 @@ def test_state_of_another_model_is_refused():
             Optimizer(deeper, config.Optimizer()).load_state_dict(bad)
 
 
+def test_gradients_and_weights_are_views_that_the_model_keeps_using():
+    model = model_with_gradients()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, config.Optimizer())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    norms = torch.stack([gradient.norm() for gradient in gradients.values()])
+    torch.testing.assert_close(optimizer.reduce_gradients().sqrt().float(), norms.norm())
+    optimizer.zero_gradients()
+    assert all(not p.grad.any() for p in model.parameters())
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    model(tokens, tokens).backward()
+    assert optimizer.reduce_gradients() > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_a_step_that_is_not_ok_changes_neither_weights_nor_state(value):
+    """Also when its gradient is finite: the loss was not."""
+    settings = config.Optimizer(weight_decay=0.1)
+    model, undisturbed = model_with_gradients(), model_with_gradients()
+    optimizer, other = Optimizer(model, settings), Optimizer(undisturbed, settings)
+    ok = torch.tensor(True)
+    optimizer.step(0, 1.0)
+    other.step(0, 1.0)
+    model.head.grad.fill_(value)
+    model.blocks[0].attention.qkv.weight.grad.fill_(value)
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = optimizer.state_dict()
+    optimizer.step(1, 1.0, gradient_scale=torch.tensor(value), ok=~ok)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state())
+    for one, another in ((model, optimizer), (undisturbed, other)):
+        generator = torch.Generator().manual_seed(5)
+        for parameter in one.parameters():
+            parameter.grad.normal_(generator=generator)
+        another.step(2, 1.0, ok=ok)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True))
+
+
+def test_scaling_the_gradients_is_as_if_they_had_been_larger():
+    one, other = model_with_gradients(), model_with_gradients()
+    first, second = Optimizer(one, config.Optimizer()), Optimizer(other, config.Optimizer())
+    for step in range(2):
+        for model, factor in ((one, 1.0), (other, 4.0)):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad.normal_(generator=generator).mul_(factor)
+        first.step(step, 1.0, gradient_scale=torch.tensor(4.0))
+        second.step(step, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+def test_the_compiled_update_is_the_eager_one():
+    models = [model_with_gradients().cuda() for _ in range(2)]
+    optimizers = [Optimizer(model, config.Optimizer(), torch.float32, compile=i > 0) for i, model in enumerate(models)]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator("cuda").manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad.normal_(generator=generator)
+            optimizer.step(step, 1.0, ok=torch.tensor(step != 1, device="cuda"))
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_learning_rates_follow_the_width():
     optimizer = Optimizer(model_with_gradients(), config.Optimizer())
     assert optimizer.adam_rates["head"] == pytest.approx(0.004 * (768 / 32) ** 0.5)
