@@ -4,14 +4,19 @@ It knows no model class: a model's cost follows from its sizes. torch is importe
 commands (report, workflow) may import this module.
 """
 
+import collections
 import contextlib
+import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nanochat.errors import UserError
 
@@ -52,6 +57,70 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
+PREFILL_ROWS = 32  # prompts computed side by side, at most
+LOGIT_COPIES = 4  # float32 (R, V) tensors alive at once in a decode step: logits, scaled, noise, the sort of top-p
+
+
+class Sizes(Protocol):
+    """Of a model. heads divides width, kv_heads divides heads."""
+
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as it can be known without using it. uuid is what CUDA_VISIBLE_DEVICES takes, too."""
+
+    uuid: str
+    name: str
+    memory_bytes: int
+    driver: str | None
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that CUDA would show to this process, asked without CUDA: its context would take half a GB of one.
+
+    From NVML; where that does not answer, from torch in a process of its own.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        if shown is None:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        else:
+            names = [name.strip() for name in shown.split(",") if name.strip()]
+            handles = [
+                pynvml.nvmlDeviceGetHandleByIndex(int(name))
+                if name.isdigit()
+                else pynvml.nvmlDeviceGetHandleByUUID(name)
+                for name in names
+            ]
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for handle in handles:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+            # What the driver keeps for itself is not there for CUDA.
+            name, usable = pynvml.nvmlDeviceGetName(handle), memory.total - memory.reserved
+            found.append(Gpu(pynvml.nvmlDeviceGetUUID(handle), name, usable, driver))
+        return found
+    except Exception:
+        return _gpus_that_torch_sees() if Path("/dev/nvidiactl").exists() else []
+
+
+def _gpus_that_torch_sees() -> list[Gpu]:
+    code = (
+        "import json, torch; n = torch.cuda.device_count(); p = [torch.cuda.get_device_properties(i) for i in range(n)];"
+        "print(json.dumps([['GPU-' + str(x.uuid).removeprefix('GPU-'), x.name, x.total_memory, torch.version.cuda] for x in p]))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return [Gpu(*one) for one in json.loads(asked.stdout.splitlines()[-1])] if asked.returncode == 0 else []
+
+
 def pick_device(gpus: int | None = None) -> "torch.device":
     """The device of this process: with `gpus` = 0 the CPU, otherwise CUDA device LOCAL_RANK.
 
@@ -62,9 +131,7 @@ def pick_device(gpus: int | None = None) -> "torch.device":
     if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            f"gpus = {gpus}: no usable CUDA device here. Ask for a GPU node, or set gpus: 0 to train on the CPU."
-        )
+        raise no_gpu(gpus)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -72,6 +139,13 @@ def pick_device(gpus: int | None = None) -> "torch.device":
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def no_gpu(gpus: int | None) -> UserError:
+    """What to say where GPUs are asked for and none is there."""
+    return UserError(
+        f"gpus = {gpus}: no usable CUDA device here. Ask for a GPU node, or set gpus: 0 to train on the CPU."
+    )
 
 
 def resolve_dtype(setting: Literal["auto", "bfloat16", "float32"], device: "torch.device") -> "torch.dtype":
@@ -93,6 +167,10 @@ def device_name(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
     model = platform.machine()
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
@@ -106,17 +184,52 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_flops(name: str, dtype: "torch.dtype") -> float | None:
+def peak_flops(name: str, dtype: "torch.dtype | str") -> float | None:
     """Dense peak of the named device, FLOP/s; None where none is known (every CPU): no MFU is stated then."""
     for part, half, single in PEAKS:
         if part.lower() in name.lower():
-            return single if str(dtype) == "torch.float32" else half
+            return single if str(dtype).removeprefix("torch.") == "float32" else half
     return None
 
 
 def flops_per_token(matmul_parameters: int, layers: int, width: int, sequence_length: int) -> float:
     """Forward and backward: 6 N + 12 L w T (Chowdhery et al. 2022, appendix B; attention over the full square)."""
     return 6.0 * matmul_parameters + 12.0 * layers * width * sequence_length
+
+
+def parameter_count(sizes: Sizes, vocab_size: int) -> int:
+    """Of a model without biases and gains: embedding, untied head, fused projections, an MLP of 4 x width."""
+    projections = 2 * sizes.width + 2 * sizes.kv_heads * (sizes.width // sizes.heads)
+    return 2 * vocab_size * sizes.width + sizes.depth * sizes.width * (projections + 8 * sizes.width)
+
+
+def kv_cache_bytes(sizes: Sizes, length: int, itemsize: int) -> int:
+    """Keys and values of one row of `length` positions; itemsize is the cache's, in bytes."""
+    return 2 * sizes.depth * sizes.kv_heads * (sizes.width // sizes.heads) * length * itemsize
+
+
+def decode_bytes(sizes: Sizes, vocab_size: int, rows: int, length: int, itemsize: int) -> int:
+    """All that decoding allocates beside the weights: the cache, the prefill's scratch and shared prefix, a step's logits."""
+    caches = (rows + min(rows, PREFILL_ROWS) + 1) * kv_cache_bytes(sizes, length, itemsize)
+    return caches + LOGIT_COPIES * 4 * rows * vocab_size
+
+
+def decode_rows(sizes: Sizes, vocab_size: int, length: int, itemsize: int, memory_bytes: int) -> int:
+    """The most rows whose `decode_bytes` are within that memory; 0 when not even one fits."""
+    a_row, logits = kv_cache_bytes(sizes, length, itemsize), LOGIT_COPIES * 4 * vocab_size
+    # min(rows, PREFILL_ROWS) is at most either of the two: each of these counts too much memory, one of them exactly enough.
+    few = (memory_bytes - a_row) // (2 * a_row + logits)
+    many = (memory_bytes - (PREFILL_ROWS + 1) * a_row) // (a_row + logits)
+    return max(0, few, many)
+
+
+def training_bytes(parameters: int, layers: int, width: int, tokens: int, itemsize: int) -> float:
+    """Roughly what a micro-batch of `tokens` takes to train: where a search begins.
+
+    Weights, gradients and optimizer state in float32, and 25 activations a width, layer and token (measured: compiled, 12 x 768,
+    T = 2048). itemsize is that of an activation, in bytes.
+    """
+    return 16.0 * parameters + 25.0 * itemsize * layers * width * tokens
 
 
 def memory_capacity_bytes(device: "torch.device") -> int:
@@ -144,6 +257,16 @@ def host_memory_bytes() -> int:
     return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def used_beside_bytes(device: "torch.device") -> int:
+    """Memory of a GPU in use but not by this process' caching allocator: context, libraries, other processes. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
 def peak_memory_bytes(device: "torch.device") -> int:
     """Most memory since `reset_peak_memory`: of CUDA's allocator (reserved), or resident in this process."""
     if device.type == "cuda":
@@ -161,6 +284,7 @@ def reset_peak_memory(device: "torch.device") -> None:
     if device.type == "cuda":
         import torch
 
+        torch.cuda.empty_cache()  # what the allocator keeps for later would count
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
@@ -176,21 +300,30 @@ def synchronize(device: "torch.device") -> None:
 
 
 class GpuUtilization:
-    """Mean utilisation of a GPU while the block runs, sampled through NVML by a thread.
+    """Utilisation and memory of a GPU while the block runs, sampled through NVML by a thread.
 
     with GpuUtilization(device) as utilization: ...
-    utilization.mean  0 to 1; None on a CPU or where NVML does not answer
+    utilization.mean             0 to 1; None on a CPU or where NVML does not answer
+    utilization.most_used_bytes  of the whole device, all processes; None likewise
     """
 
     def __init__(self, device: "torch.device", every_seconds: float = 1.0):
         self.device, self.every_seconds = device, every_seconds
         self.samples, self.total = 0, 0.0
+        self.most_used_bytes: int | None = None
+        self._newest: collections.deque[tuple[float, float]] = collections.deque(maxlen=1000)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def mean(self) -> float | None:
         return self.total / self.samples if self.samples else None
+
+    def recent(self, seconds: float) -> float | None:
+        """Mean utilisation of the last `seconds`."""
+        newest = list(self._newest)
+        shares = [share for when, share in newest if when >= newest[-1][0] - seconds]
+        return sum(shares) / len(shares) if shares else None
 
     def __enter__(self) -> "GpuUtilization":
         if self.device.type == "cuda":
@@ -213,8 +346,12 @@ class GpuUtilization:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             while not self._stop.wait(self.every_seconds):
-                self.total += pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                self.total += share
                 self.samples += 1
+                self._newest.append((time.monotonic(), share))
+                used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+                self.most_used_bytes = max(self.most_used_bytes or 0, used)
         except Exception:
             # A measurement must not end a run; without samples `mean` is None.
             return

@@ -1,10 +1,17 @@
 """Peaks, FLOPs and memory limits."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from nanochat import hardware
+from nanochat import config, hardware
 from nanochat.errors import UserError
+from nanochat.model.attention import KVCache
+from nanochat.model.gpt import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 
@@ -68,3 +75,58 @@ def test_utilisation_is_unknown_on_a_cpu():
     with hardware.GpuUtilization(CPU) as utilization:
         pass
     assert utilization.mean is None
+
+
+SHAPES = [config.Model(depth=3, width=64, heads=4, kv_heads=kv_heads).resolved() for kv_heads in (4, 2, 1)]
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_parameters_are_counted_from_the_sizes(sizes):
+    model = GPT(GPTConfig.from_settings(sizes, 101, 16))
+    assert hardware.parameter_count(sizes, 101) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@given(length=st.integers(1, 4096), memory_bytes=st.integers(0, 10**10))
+@example(length=326, memory_bytes=4_234_446)  # as many rows as are prefilled side by side, and one more
+def test_decode_rows_are_the_most_that_fit(sizes, length, memory_bytes):
+    rows = hardware.decode_rows(sizes, 101, length, 2, memory_bytes)
+    assert rows == 0 or hardware.decode_bytes(sizes, 101, rows, length, 2) <= memory_bytes
+    assert hardware.decode_bytes(sizes, 101, rows + 1, length, 2) > memory_bytes
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_a_cache_takes_what_the_formula_says(sizes):
+    cache = KVCache(GPTConfig.from_settings(sizes, 101, 16), 5, 48, CPU, torch.bfloat16)
+    tensors = [t for value in vars(cache).values() for t in (value if isinstance(value, list | tuple) else [value])]
+    stored = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4)
+    assert stored == 5 * hardware.kv_cache_bytes(sizes, 48, 2)
+
+
+@pytest.mark.parametrize(
+    ("shown", "uuids"),
+    [(None, ["GPU-a", "GPU-b"]), ("1", ["GPU-b"]), ("GPU-b,0", ["GPU-b", "GPU-a"]), ("", []), ("7", [])],
+)
+def test_visible_gpus_are_those_that_cuda_would_show(monkeypatch, shown, uuids):
+    """Against a stand-in for NVML: two GPUs of different size."""
+    handles = ["GPU-a", "GPU-b"]
+    memory = {"GPU-a": SimpleNamespace(total=80, reserved=1), "GPU-b": SimpleNamespace(total=40, reserved=1)}
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlMemory_v2=2,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=handles.__getitem__,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUUID=lambda handle: handle,
+        nvmlDeviceGetName=lambda handle: f"name of {handle}",
+        nvmlDeviceGetMemoryInfo=lambda handle, version: memory[handle],
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(hardware, "_gpus_that_torch_sees", list)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    found = hardware.visible_gpus()
+    assert [gpu.uuid for gpu in found] == uuids
+    assert all(gpu.memory_bytes == memory[gpu.uuid].total - 1 for gpu in found)
