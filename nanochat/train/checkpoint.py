@@ -68,18 +68,14 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     final = checkpoints / f"step-{step:08}"
     temporary = checkpoints / f".{final.name}.{os.getpid()}.tmp"
-    temporary.mkdir()
-    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary / name)
-    files = {
-        name: {"size_bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-        for name in (MODEL, OPTIMIZER)
-    }
-    write_json(temporary / STATE, {"format": FORMAT, "step": step, "fingerprint": fingerprint, **state, "files": files})
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    # Writing took time; another attempt may have begun meanwhile.
-    require_newest_attempt()
+    try:
+        _write(temporary, step, fingerprint, {MODEL: model, OPTIMIZER: optimizer}, state)
+        # Writing took time; another attempt may have begun meanwhile.
+        require_newest_attempt()
+    except BaseException:
+        # On a full disk above all, half a checkpoint must not stay.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
         # The same step was saved before (damaged, or by an earlier attempt). A folder cannot replace a full one at once.
         final.rename(checkpoints / f".{final.name}.{os.getpid()}.old.tmp")
@@ -89,6 +85,18 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     prune(checkpoints, fingerprint, keep)
     return final
+
+
+def _write(folder: Path, step: int, fingerprint: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """All files of a checkpoint, flushed to disk. tensors  by file name"""
+    folder.mkdir()
+    files = {}
+    for name, content in tensors.items():
+        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}, folder / name)
+        files[name] = {"size_bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    write_json(folder / STATE, {"format": FORMAT, "step": step, "fingerprint": fingerprint, **state, "files": files})
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def newest_valid(checkpoints: str | Path, fingerprint: str, say: Callable[[str], None]) -> Checkpoint | None:

@@ -14,6 +14,10 @@ from torch import Tensor
 from nanochat import hardware
 from nanochat.errors import UserError
 
+# Names since torch 2.13, and those before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class World:
@@ -32,6 +36,23 @@ class World:
         """Replace the tensor by its sum over all ranks."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> "dist.Work | None":
+        """Begin to replace this rank's share, along the first dimension, by its sum over all ranks; the rest is undefined then."""
+        if self.size == 1:
+            return None
+        if dist.get_backend() == "gloo":
+            return dist.all_reduce(tensor, async_op=True)
+        return _reduce_scatter(self._share_of(tensor), tensor, async_op=True)
+
+    def all_gather(self, tensor: Tensor) -> "dist.Work | None":
+        """Begin to give each rank's share of the tensor, along the first dimension, to all ranks."""
+        if self.size == 1:
+            return None
+        return _all_gather(tensor, self._share_of(tensor), async_op=True)
+
+    def _share_of(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.size, -1, *tensor.shape[1:])[self.rank]
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -69,21 +90,3 @@ def world(gpus: int) -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
-
-
-class Gradients:
-    """All gradients as views into one float32 buffer: summed over ranks, scaled and measured in one go each."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
-        first = 0
-        for parameter in parameters:
-            parameter.grad = self.flat[first : first + parameter.numel()].view_as(parameter)
-            first += parameter.numel()
-
-    def zero(self) -> None:
-        self.flat.zero_()
-
-    def norm(self) -> Tensor:
-        """Euclidean norm, a scalar on the device; not finite when any gradient is not."""
-        return torch.linalg.vector_norm(self.flat)

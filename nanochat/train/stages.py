@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,25 @@ from nanochat.model.files import load_model, read_config, save_model
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.progress import say
 from nanochat.train import checkpoint, plan
+from nanochat.train.batch_size import measure_again
 from nanochat.train.distributed import World, world
+from nanochat.train.trackers import require_installed
 from nanochat.train.trainer import NonFinite, Trainer
 
+EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 EXIT_STOPPED, EXIT_OUT_OF_MEMORY, EXIT_NONFINITE, EXIT_SUPERSEDED = 85, 86, 87, 88
 
 # Settings that do not change what is computed: a run may go on from a checkpoint that was made with others.
-NEUTRAL_SETTINGS = {"compile", "on_nonfinite"}
+NEUTRAL_SETTINGS = {"compile", "on_nonfinite", "trackers"}
 NEUTRAL_TRAIN_SETTINGS = {
     "gpus",
+    "nodes",
     "device_batch_size",
     "validate_every_steps",
     "validation_tokens",
     "checkpoint_every_seconds",
     "keep_checkpoints",
+    "profile_steps",
 }
 
 
@@ -84,6 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
         except torch.OutOfMemoryError as error:
             say(settings.stage, f"out of GPU memory: {str(error).splitlines()[0]}")
             return _leave(EXIT_OUT_OF_MEMORY, ranks)
+        except Exception as error:
+            if ranks.size == 1:
+                raise
+            # What is wrong on one rank alone must end it now: the others wait for it in a collective.
+            if isinstance(error, UserError):
+                say(settings.stage, str(error))
+                return _leave(EXIT_USER_ERROR, ranks)
+            traceback.print_exc()
+            return _leave(EXIT_FAILED, ranks)
 
 
 @dataclass
@@ -99,11 +114,19 @@ class Inputs:
 def _run(settings: config.TrainingSettings, arguments: argparse.Namespace, ranks: World) -> int:
     stage, train, out = settings.stage, settings.train, Path(arguments.out)
     tell = (lambda message: say(stage, message)) if ranks.leads else (lambda message: None)
+    require_installed(settings.trackers)
     tokenizer = Tokenizer.load(arguments.tokenizer)
-    batches = plan.read_plan(arguments.plan, train.tokens_per_step, train.sequence_length)
+    batches = plan.plan_in_force(
+        arguments.plan,
+        out,
+        train.tokens_per_step,
+        train.sequence_length,
+        ranks,
+        measure=lambda smaller: measure_again(smaller, ranks.device.index),
+    )
     rows = plan.rows_per_step(train.tokens_per_step, train.sequence_length, ranks.size, f"train.{stage}")
     plan.accumulation(rows, ranks.size, batches["device_batch_size"], arguments.plan)
-    inputs = _inputs(settings, arguments, tokenizer, rows)
+    inputs = _inputs(settings, arguments, tokenizer, rows, verify=ranks.leads)
     fingerprint = _fingerprint(settings, inputs.checksums)
     if ranks.share(ranks.leads and is_complete(out, fingerprint)):
         tell(f"{out} is complete already")
@@ -128,6 +151,7 @@ def _run(settings: config.TrainingSettings, arguments: argparse.Namespace, ranks
         out / "log.jsonl",
         fingerprint,
         tell,
+        plan=batches,
     )
     if not trainer.run():
         return EXIT_STOPPED
@@ -136,7 +160,8 @@ def _run(settings: config.TrainingSettings, arguments: argparse.Namespace, ranks
         extra = {"tokenizer_sha256": tokenizer.sha256, "stage": stage, "step": steps}
         save_model(out, model, extra)
         # metrics.json comes last: it is what says that the stage is complete.
-        write_json(out / "metrics.json", _metrics(settings, trainer, ranks, inputs.padding_fraction))
+        metrics = _metrics(settings, trainer, ranks, inputs.padding_fraction)
+        write_json(out / "metrics.json", metrics | {"plan": plan.summary(batches)})
         # Whoever forces the stage to run again wants it trained again, not taken from its last checkpoint.
         shutil.rmtree(arguments.checkpoints, ignore_errors=True)
     return 0
@@ -154,12 +179,13 @@ def is_complete(out: str | Path, fingerprint: str) -> bool:
 
 
 def _inputs(
-    settings: config.TrainingSettings, arguments: argparse.Namespace, tokenizer: Tokenizer, rows: int
+    settings: config.TrainingSettings, arguments: argparse.Namespace, tokenizer: Tokenizer, rows: int, verify: bool
 ) -> Inputs:
+    """verify  the checksums of the tokens, which are read whole for that: by one rank for all"""
     train = settings.train
     if settings.stage == "base":
-        shards = TokenShards.open(arguments.tokens, "train")
-        held_out = TokenShards.open(arguments.tokens, "validation")
+        shards = TokenShards.open(arguments.tokens, "train", verify)
+        held_out = TokenShards.open(arguments.tokens, "validation", verify)
         _require_tokenizer(shards.tokenizer_sha256, tokenizer, arguments.tokens, arguments.tokenizer)
         loader = PretrainLoader(shards, rows, train.sequence_length, settings.seed)
         enough = held_out.total_tokens > train.sequence_length
@@ -256,7 +282,9 @@ def _metrics(settings: config.TrainingSettings, trainer: Trainer, ranks: World, 
         "useful_seconds": history.useful_seconds,
         "startup_seconds": history.startup_seconds,
         "compile_seconds": history.compile_seconds,
+        "loader_seconds": history.loader_seconds,
         "checkpoint_seconds": history.checkpoint_seconds,
+        "checkpoint_write_seconds": history.checkpoint_write_seconds,
         "validation_seconds": history.validation_seconds,
         "tokens_per_second": speed,
         "mfu": speed * flops / (peak * ranks.size) if peak else None,

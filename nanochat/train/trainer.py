@@ -5,11 +5,13 @@ sum over all target tokens of the step divided by their number, so a micro-batch
 much as it holds. Its state is the step, the weights, the optimizer and the random generators: resuming is exact.
 """
 
+import contextlib
+import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +20,26 @@ import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.config import Stage, TrainingSettings
+from nanochat.config import TrainingSettings
 from nanochat.data.loader import StepLoader
 from nanochat.errors import UserError
 from nanochat.files import append_json_line
+from nanochat.model.compiled import CompiledLoss
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import Optimizer
 from nanochat.progress import Progress
 from nanochat.train import checkpoint
-from nanochat.train.distributed import Gradients, World
+from nanochat.train.distributed import World
+from nanochat.train.history import History, learning_rate_scale
+from nanochat.train.saving import Saver
 from nanochat.train.signals import StopSignals
+from nanochat.train.tracing import Trace
+from nanochat.train.trackers import Trackers, open_trackers
+from nanochat.train.transfer import Batch, Prefetched, Readback, to_device
 
 
 class NonFinite(Exception):
     """A loss or gradient is nan or infinite; the weights are still those of the step before."""
-
-
-@dataclass
-class History:
-    """What a run has done so far, over all its attempts whose steps survive. Saved with each checkpoint."""
-
-    tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    useful_seconds: float = 0.0
-    startup_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    checkpoint_seconds: float = 0.0
-    validation_seconds: float = 0.0
-    restarts: int = 0
-    skipped_steps: int = 0
-    peak_memory_bytes: int = 0
-    gpu_utilization: float | None = None
-    loss_first: float | None = None
-    loss_last: float | None = None
-    val_bpb: list[tuple[int, float]] = field(default_factory=list)
-
-
-def learning_rate_scale(step: int, steps: int, train: Stage) -> float:
-    """Warmup, constant, decay, times the stage's own factor: what all learning rates are multiplied by at `step` (from 0)."""
-    warmup, decay = round(train.warmup_fraction * steps), round(train.decay_fraction * steps)
-    if step < warmup:
-        share = (step + 1) / warmup
-    elif step < steps - decay:
-        share = 1.0
-    else:
-        left = (steps - step) / decay
-        share = left + (1 - left) * train.final_learning_rate_fraction
-    return train.learning_rate_scale * share
 
 
 def wants_compile(setting: str, device: torch.device) -> bool:
@@ -85,6 +59,7 @@ class Trainer:
     checkpoints   folder
     log           log.jsonl. On resuming a step may be written again: the last line of a step counts. So steps
                   after the checkpoint's are superseded as soon as they are done once more
+    plan          where micro_rows come from; kept with each checkpoint
     """
 
     def __init__(
@@ -101,6 +76,7 @@ class Trainer:
         log: str | Path,
         fingerprint: str,
         say: Callable[[str], None] = lambda message: None,
+        plan: dict[str, Any] | None = None,
     ):
         self.settings, self.train, self.world, self.model = settings, settings.train, world, model
         self.loader, self.validation_loader = loader, validation_loader
@@ -109,37 +85,56 @@ class Trainer:
         assert self.micro_steps * world.size * micro_rows == loader.rows_per_step
         self.checkpoints, self.log, self.fingerprint, self.say = Path(checkpoints), Path(log), fingerprint, say
         self.token_bytes = torch.from_numpy(token_bytes).to(world.device, torch.float32)
-        self.optimizer = Optimizer(model, settings.optimizer)
-        self.gradients = Gradients(list(model.parameters()))
-        compiled = wants_compile(settings.compile, world.device)
-        self.forward = torch.compile(model, dynamic=False) if compiled else model
-        self.compiled = compiled
+        self.compiled = wants_compile(settings.compile, world.device)
+        # On a CPU the optimizer's share is too small to pay for compiling it.
+        compile_update = self.compiled and world.device.type == "cuda"
+        self.optimizer = Optimizer(model, settings.optimizer, ranks=world, compile=compile_update)
+        self.forward = CompiledLoss(model) if self.compiled else model
+        self.plan = plan
+        self.trace = Trace(self.train.profile_steps, self.log.parent, world.rank, world.device)
+        self.saver: Saver | None = None
+        self._batches: Prefetched[Batch] | None = None
         self.history, self.step = History(), 0
+        self._written_before = 0.0  # by attempts before this one
         self._attempt = os.environ.get("ATTEMPT_TOKEN")
 
     def run(self) -> bool:
         """Train to the end or to the first stop signal. True when all steps are done; either way a checkpoint holds the state.
 
-        Raises NonFinite, AttemptSuperseded.
+        Raises NonFinite, AttemptSuperseded, and what a checkpoint's writing raised.
         """
-        with StopSignals() as stop, hardware.GpuUtilization(self.world.device) as utilization:
+        with (
+            StopSignals() as stop,
+            hardware.GpuUtilization(self.world.device) as utilization,
+            contextlib.ExitStack() as ending,
+        ):
+            ending.callback(self._close)
             attempt_started = hardware.process_started_unix()
+            self._open_saver()
             self._resume()
             before = self.history.seconds
             if self.step < self.steps and self.compiled:
                 self._compile()
+            trackers = self._open_trackers()
+            ending.callback(trackers.close)
             self.history.startup_seconds += time.time() - attempt_started
             progress = Progress(self.settings.stage, self.steps, done=self.step)
             saved_at = time.monotonic()
             finished = self.step >= self.steps
+            ending.enter_context(_garbage_between_steps())
             while not finished:
+                if self.saver:
+                    self.saver.check()
                 save_due = time.monotonic() - saved_at > self.train.checkpoint_every_seconds
+                self.trace.before(self.step + 1)
                 line, stopping, save_due = self._step(stop.received is not None, save_due)
+                self.trace.after(self.step)
                 finished = self.step >= self.steps
                 if finished or self.step % self.train.validate_every_steps == 0:
                     line["val_bpb"] = self.validate()
                 if self.world.leads:
                     append_json_line(self.log, line)
+                    trackers.log(line)
                     progress.update(
                         self.step,
                         loss=line["loss"] if line["loss"] is not None else "none",
@@ -151,7 +146,7 @@ class Trainer:
                     self.history.peak_memory_bytes, hardware.peak_memory_bytes(self.world.device)
                 )
                 if stopping or save_due or finished:
-                    self.save()
+                    self.save(wait=stopping or finished)
                     saved_at = time.monotonic()
                 if stopping and not finished:
                     self.say(f"stopped by a signal after step {self.step}; the checkpoint is saved")
@@ -161,45 +156,41 @@ class Trainer:
     def _step(self, stop: bool, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
         """One optimizer step. Returns its log line, and whether any rank was told to stop, and whether rank 0 wants a save."""
         started = time.perf_counter()
-        step, world = self.step, self.world
-        self.gradients.zero()
+        step, world, optimizer = self.step, self.world, self.optimizer
+        optimizer.zero_gradients()
         losses, targets_seen = [], 0
+        batches = self._training_batches()
+        waited_before = batches.waited_seconds
         # Until the count of all targets is known, losses are divided by the step's tokens: magnitudes stay near the mean's.
         tokens = self.loader.rows_per_step * self.loader.sequence_length
-        for micro in range(self.micro_steps):
-            inputs, targets = self.loader.micro_batch(step, self._first_row(micro), self.micro_rows)
-            targets_seen += int((targets >= 0).sum())
-            loss = self.forward(self._to_device(inputs), self._to_device(targets), reduction="sum")
+        for _ in range(self.micro_steps):
+            batch = next(batches)
+            inputs, targets = batch.to(world.device)
+            targets_seen += batch.target_count
+            loss = self.forward(inputs, targets, reduction="sum")
             (loss / tokens).backward()
             losses.append(loss.detach())
-        local = torch.stack(losses)
-        leader_saves = float(save_due and world.leads)
-        shared = torch.tensor([0.0, targets_seen, float(stop), leader_saves], dtype=torch.float64)
-        shared = shared.to(world.device)
-        shared[0] = local.sum()
-        world.sum(shared)
-        world.sum(self.gradients.flat)
-        # The one wait for the device in a step: what is not finite must not reach weights or optimizer state.
-        loss_sum, targets, stopped, saving, norm = torch.cat([shared, self.gradients.norm()[None]]).tolist()
-        scale = tokens / max(targets, 1)
+        local = torch.stack(losses).double()
+        told = to_device([targets_seen, stop, save_due and world.leads], world.device)
+        sums = torch.cat([local.sum()[None], optimizer.reduce_gradients()[None], told])
+        world.sum(sums)
+        finite, any_target = torch.isfinite(sums[:2]).all(), sums[2] > 0
+        # The host reads what the device knows before the update, while the update runs: it is never without work. So what is
+        # not finite is kept from the weights on the device, and the host learns of it before the next step.
+        numbers = Readback(sums)
         rate = learning_rate_scale(step, self.steps, self.train)
-        finite = np.isfinite(loss_sum) and np.isfinite(norm)
+        optimizer.step(step, rate, tokens / sums[2].clamp_min(1), finite & any_target)
+        loss_sum, norm_squared, targets, stopped, saving = numbers.wait()
+        norm, scale = norm_squared**0.5, tokens / max(targets, 1)
+        finite = bool(np.isfinite(loss_sum) and np.isfinite(norm))
         if not finite:
             self._nonfinite(local, loss_sum, norm)
-        elif targets:
-            if scale != 1:
-                self.gradients.flat.mul_(scale)
-            self.optimizer.step(step, rate)
-        seconds = time.perf_counter() - started
-        history = self.history
-        history.tokens += tokens
-        history.target_tokens += int(targets)
-        history.useful_seconds += seconds
-        history.skipped_steps += not finite
+        seconds, waited = time.perf_counter() - started, batches.waited_seconds - waited_before
         mean = loss_sum / targets if targets and finite else None
-        if mean is not None:
-            history.loss_first = mean if history.loss_first is None else history.loss_first
-            history.loss_last = mean
+        history = self.history
+        history.count_step(tokens, int(targets), seconds, mean)
+        history.loader_seconds += waited
+        history.skipped_steps += not finite
         self.step += 1
         line = {
             "step": self.step,
@@ -208,6 +199,7 @@ class Trainer:
             "tokens": history.tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "loader_seconds": waited,
             "grad_norm": norm * scale if finite else None,
             "val_bpb": None,
             "time": time.time(),
@@ -242,14 +234,10 @@ class Trainer:
         loader, world = self.validation_loader, self.world
         rows = max(1, min(self.train.validation_tokens // loader.sequence_length, loader.rows_per_epoch))
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        with torch.no_grad():
-            for first in range(world.rank * self.micro_rows, rows, world.size * self.micro_rows):
-                count = min(self.micro_rows, rows - first)
-                # The last micro-batch is filled up with rows that carry no loss: one shape, one compiled graph.
-                inputs = np.zeros((self.micro_rows, loader.sequence_length), dtype=np.int64)
-                targets = np.full_like(inputs, -1)
-                inputs[:count], targets[:count] = loader.micro_batch(0, first, count)
-                inputs, targets = self._to_device(inputs), self._to_device(targets)
+        batches = Prefetched(self._validation_batches(rows), world.device)
+        with contextlib.closing(batches), torch.no_grad():
+            for batch in batches:
+                inputs, targets = batch.to(world.device)
                 losses = self.forward(inputs, targets, reduction="none")
                 text_bytes = self.token_bytes[targets.clamp_min(0)] * (targets >= 0)
                 sums[0] += (losses * (text_bytes > 0)).sum()
@@ -259,26 +247,66 @@ class Trainer:
         bits = nats / (np.log(2) * text_bytes) if text_bytes and np.isfinite(nats) else None
         if bits is not None:
             self.history.val_bpb.append((self.step, bits))
+        gc.collect()
         self.history.validation_seconds += time.perf_counter() - started
         return bits
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done so far."""
+    def save(self, wait: bool = True) -> None:
+        """Save a checkpoint of the steps done so far: copied at once, written beside the next steps.
+
+        wait  until it is on the disk
+        """
         started = time.perf_counter()
-        if self.world.leads:
-            tensors = self.optimizer.state_dict() | {"rng.cpu": torch.get_rng_state()}
-            if self.world.device.type == "cuda":
-                tensors["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
-            checkpoint.save(
-                self.checkpoints,
-                self.step,
-                self.fingerprint,
-                self.model.state_dict(),
-                tensors,
-                {"steps_planned": self.steps, "history": asdict(self.history)},
-                self.train.keep_checkpoints,
-            )
+        # Every rank gives its share of the optimizer's state; rank 0 alone keeps and writes.
+        if self.saver:
+            self.saver.save(self.step, self._tensors(), self._generators(), self._state())
+            if wait:
+                self.saver.wait()
+        else:
+            for _ in self.optimizer.state():
+                pass
+        gc.collect()
         self.history.checkpoint_seconds += time.perf_counter() - started
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.model.state_dict().items():
+            yield f"model.{name}", tensor
+        for name, tensor in self.optimizer.state():
+            yield f"optimizer.{name}", tensor
+
+    def _generators(self) -> dict[str, Tensor]:
+        states = {"rng.cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            states["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return states
+
+    def _state(self) -> dict[str, Any]:
+        self.history.checkpoint_write_seconds = self._written_before + self.saver.write_seconds
+        return {"steps_planned": self.steps, "history": asdict(self.history), "plan": self.plan}
+
+    def _open_saver(self) -> None:
+        if self.world.leads:
+            like = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+            like |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_like().items()}
+            keep, device = self.train.keep_checkpoints, self.world.device
+            self.saver = Saver(self.checkpoints, self.fingerprint, keep, like, device)
+
+    def _open_trackers(self) -> Trackers:
+        names = self.settings.trackers if self.world.leads else []
+        stage, settings = self.settings.stage, self.settings.model_dump(mode="json")
+        return open_trackers(names, stage, self.log.parent, self.step + 1, settings)
+
+    def _close(self) -> None:
+        """Let go of threads and memory. A checkpoint that is being written is finished first."""
+        self.trace.close()
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+        if self.saver:
+            if error := self.saver.close():
+                self.say(f"the last checkpoint was not written: {error!r}")
+            self.history.checkpoint_write_seconds = self._written_before + self.saver.write_seconds
+            self.saver = None
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one."""
@@ -299,6 +327,7 @@ class Trainer:
             torch.cuda.set_rng_state(cuda_state, self.world.device)
         self.optimizer.load_state_dict(state)
         self.history = History(**newest.state["history"])
+        self._written_before = self.history.checkpoint_write_seconds
         self.step = newest.step
         if self.step < self.steps:
             self.history.restarts += 1
@@ -307,22 +336,54 @@ class Trainer:
             self.say(f"all {self.steps} steps are in {newest.folder}")
 
     def _compile(self) -> None:
-        """Run the first micro-batch forward and backward, so that what compiling takes is no part of a step's time."""
+        """Run the first micro-batch and an update that changes nothing, so that what compiling takes is no part of a step's time."""
         started = time.perf_counter()
-        inputs, targets = self.loader.micro_batch(self.step, self._first_row(0), self.micro_rows)
-        self.forward(self._to_device(inputs), self._to_device(targets), reduction="sum").backward()
-        self.gradients.zero()
+        rows = self.loader.micro_batch(self.step, self._first_row(0), self.micro_rows)
+        inputs, targets = Batch.of(*rows, self.world.device).to(self.world.device)
+        self.forward(inputs, targets, reduction="sum").backward()
+        self.optimizer.step(self.step, 0.0, ok=torch.zeros((), dtype=torch.bool, device=self.world.device))
         hardware.synchronize(self.world.device)
         self.history.compile_seconds += time.perf_counter() - started
+
+    def _training_batches(self) -> Prefetched[Batch]:
+        """This rank's micro-batches from the step on that is next."""
+        if self._batches is None:
+
+            def batches(first_step: int) -> Iterator[Batch]:
+                for step in range(first_step, self.steps):
+                    for micro in range(self.micro_steps):
+                        rows = self.loader.micro_batch(step, self._first_row(micro), self.micro_rows)
+                        yield Batch.of(*rows, self.world.device)
+
+            self._batches = Prefetched(batches(self.step), self.world.device)
+        return self._batches
+
+    def _validation_batches(self, rows: int) -> Iterator[Batch]:
+        """This rank's share of the first `rows` held-out rows."""
+        loader, world = self.validation_loader, self.world
+        for first in range(world.rank * self.micro_rows, rows, world.size * self.micro_rows):
+            count = min(self.micro_rows, rows - first)
+            # The last micro-batch is filled up with rows that carry no loss: one shape, one compiled graph.
+            inputs = np.zeros((self.micro_rows, loader.sequence_length), dtype=np.int64)
+            targets = np.full_like(inputs, -1)
+            inputs[:count], targets[:count] = loader.micro_batch(0, first, count)
+            yield Batch.of(inputs, targets, world.device)
 
     def _first_row(self, micro: int) -> int:
         return (micro * self.world.size + self.world.rank) * self.micro_rows
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.world.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.world.device, non_blocking=True)
+
+@contextlib.contextmanager
+def _garbage_between_steps() -> Iterator[None]:
+    """No garbage collection inside of a step: a pause on one rank is a pause on all. It is done at validations and saves."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _silent(_: str) -> None:

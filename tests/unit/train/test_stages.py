@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from training_support import files_equal, finish, losses, metrics, start_base, write_run
+from training_support import child_pids, files_equal, finish, losses, metrics, start_base, wait_for, write_run
 
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
-from nanochat.train import plan, stages
+from nanochat.train import checkpoint, plan, stages
 
 # metrics.json holds these for every reader: report, workflow.
 CONTRACT = {
@@ -37,14 +36,6 @@ def run_here(arguments: dict[str, str], monkeypatch) -> int:
     parser = argparse.ArgumentParser(prog="nanochat base")
     stages.add_arguments(parser)
     return stages.run(parser.parse_args([part for pair in arguments.items() for part in pair]))
-
-
-def wait_for(condition, process, timeout: float = 90) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_a_finished_stage_is_complete_and_not_touched_again(tmp_path, monkeypatch, capfd):
@@ -131,14 +122,20 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_says_not_finished(tmp_path):
-    arguments = write_run(tmp_path, steps=5_000)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_signal_saves_and_says_not_finished(tmp_path, number):
+    """The checkpoint of the last step is whole when the process ends, also when another was being written."""
+    arguments = write_run(tmp_path, steps=5_000, checkpoint_every_seconds=0.0)
     process = start_base(arguments)
-    wait_for((Path(arguments["--out"]) / "log.jsonl").exists, process)
-    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: len(list(Path(arguments["--checkpoints"]).glob("step-*"))) > 1, process)
+    process.send_signal(number)
     code, output = finish(process)
     assert code == 85, output
-    assert len(list(Path(arguments["--checkpoints"]).glob("step-*"))) == 1
+    saved = sorted(Path(arguments["--checkpoints"]).iterdir())
+    assert len(saved) == 2, "no half-written one beside the two that are kept"
+    newest = checkpoint.newest_valid(saved[-1].parent, read_json(saved[-1] / "state.json")["fingerprint"], print)
+    assert newest.step == max(losses(Path(arguments["--out"])))
+    assert newest.step < 5_000
     assert not (Path(arguments["--out"]) / "metrics.json").exists()
 
 
@@ -166,10 +163,6 @@ def test_two_ranks_equal_one_and_resume_on_one(tmp_path):
     if not (Path(stopped["--out"]) / "metrics.json").exists():
         assert finish(start_base(stopped))[0] == 0
     assert losses(Path(stopped["--out"])) == pytest.approx(one, rel=1e-3)
-
-
-def child_pids(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_log_lines_are_plain_json(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class PlainLoader:
 
 
 def training_settings(**train: Any) -> config.TrainingSettings:
-    top = {key: train.pop(key) for key in ("on_nonfinite", "seed", "dtype") if key in train}
+    top = {key: train.pop(key) for key in ("on_nonfinite", "seed", "dtype", "compile", "trackers") if key in train}
     values = {"gpus": 0, "sequence_length": LENGTH, "tokens_per_step": ROWS * LENGTH, "checkpoint_every_seconds": 1e9}
     values |= {"validate_every_steps": 4, "validation_tokens": 64, "warmup_fraction": 0.2, **train}
     return config.TrainingSettings(
@@ -152,6 +154,22 @@ def write_run(folder: Path, text_tokens: int = 40_000, steps: int = 30, **train:
     }
 
 
+def write_documents(folder: Path, documents: int) -> Path:
+    """Token shards of that many short documents of random tokens; returns their folder."""
+    random = np.random.default_rng(0)
+    parts = [np.append(0, random.integers(1, VOCAB, random.integers(4, 2 * LENGTH))) for _ in range(documents)]
+    ids = np.concatenate(parts).astype("<u2")
+    folder = folder / "tokens"
+    folder.mkdir()
+    ids.tofile(folder / "train-00000.bin")
+    np.save(folder / "train-00000.idx.npy", np.cumsum([0] + [len(part) for part in parts])[:-1])
+    shard = {"file": "train-00000.bin", "split": "train", "tokens": len(ids), "documents": documents}
+    shard |= {"text_bytes": len(ids), "size_bytes": 2 * len(ids), "sha256": sha256(folder / "train-00000.bin")}
+    metrics = {"format": 1, "dtype": "uint16", "vocab_size": VOCAB, "tokenizer_sha256": "", "bos_id": 0}
+    write_json(folder / "metrics.json", metrics | {"shards": [shard]})
+    return folder
+
+
 def start_base(arguments: dict[str, str], launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
     """`nanochat base` as a process of its own."""
     flat = [part for pair in arguments.items() for part in pair]
@@ -163,6 +181,19 @@ def start_base(arguments: dict[str, str], launcher: tuple[str, ...] = (), **envi
 def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 90) -> None:
+    """Until the condition holds, while the process lives."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def child_pids(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def metrics(arguments: dict[str, str]) -> dict[str, Any]:
