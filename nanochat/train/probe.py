@@ -1,86 +1,175 @@
-"""One batch size tried for real, in a process of its own: `python -m nanochat.train.probe SETTINGS.json ROWS`.
+"""One batch size tried for real, in a process of its own: `python -m nanochat.train.probe SETTINGS.json`.
 
-The real model, optimizer with its state, two micro-steps of accumulation, an optimizer step and an evaluation, as in training.
-A fresh process each time, since one that ran out of memory has fragments and leaks that change the next answer.
+It is the trainer itself that runs here, on random tokens: compiled as it compiles, with its optimizer's state, its buffers, two
+micro-steps of accumulation and a validation. A fresh process each time, since one that ran out of memory has fragments and leaks
+that change the next answer.
 
-Prints one JSON line {peak_bytes, tokens_per_second, micro_step_seconds, optimizer_seconds}. Exit code 86: out of memory.
+The process imports what it needs, then waits for a line {rows, seconds, host_bytes} on its standard input: so it can be started
+while another one measures, and touches no GPU before. It prints one JSON line. Exit code 86: out of memory.
+
+Memory that counts is what the driver says is used on the GPU, at its peak: most that the caching allocator ever reserved (what it
+holds but does not use is not free for anyone else) and what is used beside it: the CUDA context, libraries, other processes.
 """
 
+import ctypes
 import json
+import os
+import resource
+import signal
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from nanochat import config, hardware
-from nanochat.files import read_settings
+from nanochat.files import read_json_lines, read_settings
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.optimizer import Optimizer
-from nanochat.train.distributed import Gradients
-from nanochat.train.trainer import wants_compile
+from nanochat.train.distributed import World
+from nanochat.train.trainer import Trainer
 
 EXIT_OUT_OF_MEMORY = 86
 MICRO_STEPS = 2
+WARM_STEPS = 2  # the second still allocates what the first did not reach, and is followed by the validation
+AHEAD_STEPS = 3  # a loader's thread may be asked so many steps before the one that is computed
+TIMED_STEPS = {"cuda": 4, "cpu": 1}  # at least
+COMMUNICATION_BYTES = 2**30  # what NCCL takes for its channels and contexts, where there are several GPUs
 
 
-def measure(settings: config.PlanSettings, rows: int) -> dict[str, float]:
-    """Train two steps and more of `rows` rows a micro-batch; speeds are medians of the steps after the first."""
+class Enough(Exception):
+    """Measured for long enough."""
+
+
+class Rows:
+    """Random tokens in place of a loader; raises Enough when the trainer asks for more than is to be measured."""
+
+    def __init__(self, rows: int, sequence_length: int, vocab_size: int, timed_steps: int = 0, seconds: float = 0.0):
+        self.rows_per_step, self.rows_per_epoch, self.sequence_length = MICRO_STEPS * rows, rows, sequence_length
+        self.timed_steps, self.seconds, self.started = timed_steps, seconds, 0.0
+        tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, sequence_length + 1))
+        self.inputs, self.targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+    def micro_batch(self, step: int, first_row: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """inputs, targets: (rows, T) int64, always the same."""
+        if self.timed_steps and first_row == 0:
+            if step == WARM_STEPS + AHEAD_STEPS:
+                self.started = time.monotonic()
+            lasted = time.monotonic() - self.started if step > WARM_STEPS + AHEAD_STEPS else 0.0
+            # One step more than is timed: the log may be one behind.
+            if step > WARM_STEPS + self.timed_steps and lasted >= self.seconds:
+                raise Enough
+        return self.inputs[:rows], self.targets[:rows]
+
+
+def measure(settings: config.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
+    """Train some steps of `rows` rows a micro-batch; times are medians of the steps after the first ones.
+
+    seconds  to measure for, at least
+    """
     device = hardware.pick_device(settings.gpus)
     hardware.reset_peak_memory(device)
-    length = settings.sequence_length
-    model = GPT(GPTConfig.from_settings(settings.model, settings.vocab_size, length))
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.to(device)
+    length, vocab_size = settings.sequence_length, settings.vocab_size
+    with torch.device(device):
+        model = GPT(GPTConfig.from_settings(settings.model, vocab_size, length))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, parameter.size(1) ** -0.5)
     model.compute_dtype = hardware.resolve_dtype(settings.dtype, device)
-    optimizer, gradients = Optimizer(model, config.Optimizer()), Gradients(list(model.parameters()))
-    forward = torch.compile(model, dynamic=False) if wants_compile(settings.compile, device) else model
-    tokens = torch.randint(settings.vocab_size, (rows, length + 1), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    micro, update = [], []
-    for step in range(4 if device.type == "cuda" else 2):
-        gradients.zero()
-        for _ in range(MICRO_STEPS):
-            with _timed(micro, device):
-                (forward(inputs, targets, reduction="sum") / tokens.numel()).backward()
-        with _timed(update, device):
-            gradients.norm().item()
-            optimizer.step(step, 1.0)
-        if step == 0:
-            with torch.no_grad():
-                forward(inputs, targets, reduction="none").sum().item()
-    micro_seconds, update_seconds = statistics.median(micro[MICRO_STEPS:]), statistics.median(update[1:])
-    accumulated = max(1, settings.tokens_per_step // (max(settings.gpus, 1) * length * rows))
+    several = device.type == "cuda" and settings.gpus > 1
+    held = torch.empty(COMMUNICATION_BYTES if several else 0, dtype=torch.uint8, device=device)
+    loader = Rows(rows, length, vocab_size, TIMED_STEPS[device.type], seconds)
+    with tempfile.TemporaryDirectory(prefix="nanochat-probe-") as folder:
+        log = Path(folder) / "log.jsonl"
+        trainer = Trainer(
+            training_settings(settings, rows),
+            World(0, 1, device),
+            model,
+            loader,
+            Rows(rows, length, vocab_size),
+            np.ones(vocab_size, dtype=np.int64),
+            steps=10**6,
+            micro_rows=rows,
+            checkpoints=Path(folder) / "checkpoints",
+            log=log,
+            fingerprint="probe",
+        )
+        sampler = hardware.GpuUtilization(device, every_seconds=0.1)
+        try:
+            with sampler:
+                trainer.run()
+        except Enough:
+            hardware.synchronize(device)
+        steps = [line["seconds"] for line in read_json_lines(log)[WARM_STEPS:]]
+    update_seconds = statistics.median(_seconds_of_update(trainer, device) for _ in range(3))
+    step_seconds = statistics.median(steps)
+    beside_bytes = hardware.used_beside_bytes(device)
+    del held
     return {
-        "peak_bytes": hardware.peak_memory_bytes(device),
-        "tokens_per_second": accumulated * rows * length / (accumulated * micro_seconds + update_seconds),
-        "micro_step_seconds": micro_seconds,
+        "peak_bytes": hardware.peak_memory_bytes(device) + beside_bytes,
+        "beside_bytes": beside_bytes,
+        "capacity_bytes": hardware.memory_capacity_bytes(device),
+        "micro_step_seconds": max(step_seconds - update_seconds, step_seconds / 2) / MICRO_STEPS,
         "optimizer_seconds": update_seconds,
+        "spread": statistics.pstdev(steps) / step_seconds,
+        "gpu_utilization": sampler.recent(sum(steps)),
+        "used_bytes": sampler.most_used_bytes,
+        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "compiled": trainer.compiled,
     }
 
 
-class _timed:
-    """Append what the block takes, the device's work included."""
+def training_settings(settings: config.PlanSettings, rows: int) -> config.TrainingSettings:
+    """Those of a training of such micro-batches, with one validation among the first steps and no checkpoint."""
+    tokens = rows * settings.sequence_length
+    return config.TrainingSettings(
+        stage="base",
+        seed=0,
+        model=settings.model,
+        vocab_size=settings.vocab_size,
+        dtype=settings.dtype,
+        compile=settings.compile,
+        on_nonfinite="skip",
+        optimizer=config.Optimizer(),
+        train=config.Base(
+            gpus=settings.gpus,
+            sequence_length=settings.sequence_length,
+            tokens_per_step=MICRO_STEPS * tokens,
+            validate_every_steps=WARM_STEPS,
+            validation_tokens=tokens,
+            checkpoint_every_seconds=1e9,
+        ),
+    )
 
-    def __init__(self, times: list[float], device: torch.device):
-        self.times, self.device = times, device
 
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        hardware.synchronize(self.device)
-        self.times.append(time.perf_counter() - self.started)
+def _seconds_of_update(trainer: Trainer, device: torch.device) -> float:
+    hardware.synchronize(device)
+    started = time.perf_counter()
+    trainer.optimizer.step(0, 0.0)
+    hardware.synchronize(device)
+    return time.perf_counter() - started
 
 
 def main() -> int:
+    settings = read_settings(sys.argv[1], config.PlanSettings)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: who is killed leaves no probe on the GPU
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # not needed after all
+    task = json.loads(line)
+    if not settings.gpus:
+        # The kernel would end the whole job instead.
+        resource.setrlimit(resource.RLIMIT_DATA, (task["host_bytes"], resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
-        result = measure(read_settings(sys.argv[1], config.PlanSettings), int(sys.argv[2]))
+        result = measure(settings, task["rows"], task["seconds"])
     except (torch.OutOfMemoryError, MemoryError):
         return EXIT_OUT_OF_MEMORY
     except RuntimeError as error:
         # The CPU allocator has no exception of its own; neither has cuBLAS when its workspace finds no room.
-        if "can't allocate memory" in str(error) or "ALLOC_FAILED" in str(error):
+        if any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED", "out of memory")):
             return EXIT_OUT_OF_MEMORY
         raise
     print(json.dumps(result))
@@ -88,4 +177,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a trainer that was left in the middle need not be waited for

@@ -1,22 +1,31 @@
-"""The search over made-up memory laws, the cache, and a real measurement."""
+"""The plan: what decides it, what is kept of it, and a real measurement."""
 
+import importlib
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from training_support import LENGTH, MODEL, VOCAB
 
-from nanochat import config
+from nanochat import config, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
-from nanochat.train import batch_size
-from nanochat.train.batch_size import Probe, make_plan, run_probe, search
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import batch_size, measured
+from nanochat.train.batch_size import make_plan, measure_again
+from nanochat.train.measured import Measured, cache_key, mark_as_too_large
+from nanochat.train.prober import DidNotRun, Prober
+
+GIB = 2**30
+GPU = hardware.Gpu("GPU-1", "Imagined 80GB", 80 * GIB, "580.1")
 
 
 def settings(cache: Path | str = "", **values) -> config.PlanSettings:
+    own = {"cache": str(cache)} | values.pop("batch_size", {})
     return config.PlanSettings(
         **{
             "stage": "base",
@@ -28,94 +37,94 @@ def settings(cache: Path | str = "", **values) -> config.PlanSettings:
             "device_batch_size": None,
             "dtype": "float32",
             "compile": "off",
-            "batch_size": config.BatchSize(cache=str(cache)),
+            "batch_size": config.BatchSize(**own),
         }
         | values
     )
 
 
-class Law:
-    """A device that is not there: memory and speed as functions of the rows."""
+class Device:
+    """In place of the probes' processes: memory along a line, speed by a function of the rows."""
 
-    def __init__(self, capacity, per_row=10.0, fixed=100.0, noise=0.0, step=1, speed=lambda n: float(n)):
-        self.capacity, self.per_row, self.fixed, self.noise, self.step = capacity, per_row, fixed, noise, step
-        self.speed, self.tried = speed, []
+    def __init__(self, per_row=GIB, fixed=2 * GIB, capacity=80 * GIB, micro_step_seconds=lambda rows: 0.1):
+        self.per_row, self.fixed, self.capacity, self.micro_step_seconds = per_row, fixed, capacity, micro_step_seconds
+        self.tried = []
 
-    def peak(self, n: int) -> int:
-        rounded = -(-n // self.step) * self.step  # allocators round up: memory grows in steps
-        return int(self.fixed + self.per_row * rounded + self.noise * (n * 7919 % 13) / 13)
+    def __call__(self, *_, **__) -> "Device":
+        return self
 
-    def __call__(self, n: int) -> Probe:
-        assert n not in self.tried, "a size was tried twice"
-        self.tried.append(n)
-        if self.peak(n) > self.capacity:
-            return Probe(n, False, None, None, 1.0, "out of memory")
-        return Probe(n, True, self.peak(n), self.speed(n), 1.0)
+    def __enter__(self):
+        def probe(rows: int) -> dict:
+            self.tried.append(rows)
+            peak = self.fixed + rows * self.per_row
+            if peak > self.capacity:
+                raise DidNotRun("out of memory")
+            seconds = {"micro_step_seconds": self.micro_step_seconds(rows), "optimizer_seconds": 0.02}
+            return {"peak_bytes": peak, "beside_bytes": GIB // 2, "dtype": "bfloat16", **seconds}
 
+        return probe
 
-def divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-@given(
-    rows=st.integers(1, 300),
-    capacity=st.integers(50, 4000),
-    noise=st.floats(0, 30),
-    step=st.integers(1, 9),
-    most=st.integers(1, 512),
-)
-def test_what_is_chosen_fits_and_divides(rows, capacity, noise, step, most):
-    law = Law(capacity, noise=noise, step=step)
-    limit = int(capacity * 0.85)
-    candidates = [n for n in divisors(rows) if n <= most]
-    found = search(law, candidates, limit, most)
-    if law.peak(1) > limit:
-        assert found.chosen is None
-        return
-    assert rows % found.chosen.device_batch_size == 0
-    assert law.peak(found.chosen.device_batch_size) <= limit
-    assert law.peak(found.largest) <= limit
-    fitting = [n for n in range(1, most + 1) if all(law.peak(m) <= limit for m in range(1, n + 1))]
-    assert found.largest >= 0.93 * max(fitting) - 1
-    best = max(n for n in candidates if n <= found.largest)
-    assert found.chosen.device_batch_size == best  # here speed grows with the rows
+    def __exit__(self, *_):
+        return None
 
 
-def test_the_fastest_is_chosen_not_the_largest():
-    found = search(Law(1e9, speed=lambda n: {16: 900.0, 32: 1000.0, 64: 800.0}.get(n, 10.0)), divisors(64), 10**9, 64)
-    assert found.chosen.device_batch_size == 32
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(batch_size, "Prober", device)
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: [GPU])
+    monkeypatch.setattr(batch_size, "_guess", lambda *_: 74)  # the model here is too small for it
+    return device
 
 
-def test_within_one_percent_the_smaller_is_chosen():
-    found = search(Law(1e9, speed=lambda n: 100.0 + n / 100), divisors(64), 10**9, 64)
-    assert found.chosen.device_batch_size == min(p.device_batch_size for p in found.probes)
+def on_gpu(cache: Path | str = "", rows: int = 256, **values) -> config.PlanSettings:
+    return settings(cache, gpus=1, tokens_per_step=rows * LENGTH, **values)
 
 
-def test_growth_on_a_cpu_ends_where_it_no_longer_pays():
-    law = Law(1e9, speed=lambda n: float(min(n, 8)))
-    found = search(law, divisors(512), 10**9, 512, first=4, while_it_pays=True)
-    assert law.tried == [4, 8, 16]
-    assert found.chosen.device_batch_size == 8
+def test_the_first_guess_is_of_the_right_size():
+    """12 x 768, T = 2048, V = 32,768 took 32.1 GB with 32 rows, compiled, on an H100."""
+    model = config.Model(depth=12, head_dim=64).resolved()
+    usual = settings(gpus=1, model=model, vocab_size=32_768, sequence_length=2048, tokens_per_step=2**19, dtype="auto")
+    assert 24 <= batch_size._guess(usual, 32_100_000_000) <= 40
 
 
-def test_growth_starts_smaller_when_its_start_does_not_fit():
-    law = Law(capacity=135)
-    found = search(law, divisors(64), 135, 64, first=16, while_it_pays=True)
-    assert found.chosen.device_batch_size == 2
+def test_a_plan_on_a_gpu(device, tmp_path):
+    plan = make_plan(on_gpu(tmp_path))
+    assert (plan["device_batch_size"], plan["grad_accum_steps"], plan["source"]) == (64, 4, "measured")
+    assert plan["max_device_batch_size"] == 66  # 0.85 of 80 GiB, less 2
+    assert plan["capacity_bytes"] == 80 * GIB
+    assert plan["peak_bytes"] == 66 * GIB
+    assert plan["line_off"] < 1e-6
+    assert "the fastest of" in plan["reason"]
 
 
-def test_only_one_row_fits():
-    assert search(Law(115), divisors(64), 115, 64).chosen.device_batch_size == 1
+def test_the_margin_is_kept(device):
+    for margin in (0.0, 0.3, 0.6, 0.9):
+        plan = make_plan(on_gpu(batch_size={"margin": margin}))
+        assert plan["peak_bytes"] <= (1 - margin) * plan["capacity_bytes"]
 
 
-def test_a_prime_number_of_rows_leaves_one():
-    assert search(Law(capacity=300), divisors(127), 300, 512).chosen.device_batch_size == 1
+def test_different_gpus_take_the_smallest(device, monkeypatch):
+    small = hardware.Gpu("GPU-2", "Imagined 40GB", 40 * GIB, "580.1")
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: [GPU, small])
+    device.capacity, device.fixed = 40 * GIB, GIB
+    plan = make_plan(on_gpu().model_copy(update={"gpus": 2}))
+    assert (plan["capacity_bytes"], plan["device_batch_size"], plan["grad_accum_steps"]) == (40 * GIB, 32, 4)
 
 
-def test_nothing_fits_is_an_error_that_says_what_to_shrink(monkeypatch):
-    monkeypatch.setattr(batch_size, "run_probe", lambda *_: Probe(1, False, None, None, 1.0, "out of memory"))
+def test_no_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(hardware, "visible_gpus", list)
+    with pytest.raises(UserError, match="gpus = 1: no usable CUDA device"):
+        make_plan(on_gpu())
+
+
+def test_nothing_fits_is_an_error_that_says_what_to_shrink(device):
+    device.fixed = 100 * GIB
     with pytest.raises(UserError, match=r"train\.base.*out of memory.*Lower train\.base\.sequence_length"):
-        make_plan(settings())
+        make_plan(on_gpu())
+    device.fixed = 75 * GIB  # it runs, without the margin
+    with pytest.raises(UserError, match=r"not even one row .* fits in 85% of 80\.0 GiB \(too large\)"):
+        make_plan(on_gpu())
 
 
 def test_override_is_honoured_and_recorded():
@@ -130,73 +139,210 @@ def test_tokens_that_no_row_divides_are_refused():
         make_plan(settings(tokens_per_step=100))
 
 
-@pytest.fixture
-def law(monkeypatch):
-    law = Law(10**12, speed=lambda n: float(n))
-    monkeypatch.setattr(batch_size, "run_probe", lambda path, size, capacity, timeout: law(size))
-    return law
+def test_stages_of_one_shape_share_their_probes(device, tmp_path):
+    first = make_plan(on_gpu(tmp_path))
+    measured_first = sorted(device.tried)
+    again = make_plan(on_gpu(tmp_path))
+    assert again["source"] == "cache"
+    assert again["device_batch_size"] == first["device_batch_size"]
+    fewer = make_plan(on_gpu(tmp_path, rows=32, stage="sft"))
+    assert (fewer["stage"], fewer["device_batch_size"], fewer["source"]) == ("sft", 32, "cache")
+    assert sorted(device.tried) == measured_first
+    assert make_plan(on_gpu(tmp_path), use_cache=False)["source"] == "measured"
+    assert len(device.tried) == 2 * len(measured_first)
 
 
-def test_a_second_search_comes_from_the_cache(tmp_path, law):
-    first = make_plan(settings(tmp_path))
-    again = make_plan(settings(tmp_path, stage="mid"))
-    assert (first["source"], again["source"], again["stage"]) == ("measured", "cache", "mid")
-    assert again["device_batch_size"] == first["device_batch_size"] == 12
-    law.tried.clear()
-    assert make_plan(settings(tmp_path), use_cache=False)["source"] == "measured"
-    law.tried.clear()
-    assert make_plan(settings(tmp_path, dtype="bfloat16"))["source"] == "measured"
+def test_a_failed_size_is_not_chosen_again(device, tmp_path):
+    plan = make_plan(on_gpu(tmp_path))
+    mark_as_too_large(plan["cache"], plan["key"], 64)
+    assert make_plan(on_gpu(tmp_path))["device_batch_size"] == 32
+    assert make_plan(on_gpu(tmp_path), use_cache=False)["device_batch_size"] == 64
+    assert make_plan(on_gpu(tmp_path))["device_batch_size"] == 32, "measuring anew does not make it right"
+
+
+def test_a_timeout_is_not_kept(device, tmp_path, monkeypatch):
+    kept = Measured.load(str(tmp_path), "k", True, print)
+    kept.did_not_run(8, "ended after 300 s", 300.0)
+    kept.did_not_run(16, measured.OUT_OF_MEMORY, 3.0)
+    assert Measured.load(str(tmp_path), "k", True, print).sizes == [16]
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"key": "other"}', '{"key": "KEY", "device_batch_size": 5, "grad_accum_steps": 5}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"key": "other", "probes": []}',
+        '{"key": "KEY", "probes": 3}',
+        '{"key": "KEY", "probes": [{"device_batch_size": "8", "ok": true}]}',
+        '{"key": "KEY", "probes": [{"device_batch_size": 8, "ok": true, "seconds": 1, "peak_bytes": null}]}',
+    ],
 )
-def test_a_corrupt_or_foreign_cache_is_measured_anew(tmp_path, law, content, capfd):
-    make_plan(settings(tmp_path))
+def test_a_corrupt_or_foreign_cache_is_measured_anew(tmp_path, device, content, capfd):
+    make_plan(on_gpu(tmp_path))
     (path,) = tmp_path.glob("*.json")
     path.write_text(content.replace("KEY", path.stem))
-    law.tried.clear()
-    assert make_plan(settings(tmp_path))["source"] == "measured"
+    assert make_plan(on_gpu(tmp_path))["source"] == "measured"
     assert "measuring again" in capfd.readouterr().err
-    assert read_json(path)["device_batch_size"] == 12
+    assert make_plan(on_gpu(tmp_path))["source"] == "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(device, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert make_plan(on_gpu(tmp_path / "file" / "folder"))["device_batch_size"] == 64
+    assert "not kept" in capfd.readouterr().err
+
+
+def test_the_key_holds_all_that_matters(monkeypatch, tmp_path):
+    base = on_gpu()
+    keys = {cache_key(base, GPU)}
+    other_model = config.Model(depth=3, width=32, head_dim=8).resolved()
+    for changed in (
+        {"model": other_model},
+        {"vocab_size": 68},
+        {"sequence_length": 32},
+        {"dtype": "bfloat16"},
+        {"compile": "on"},
+        {"gpus": 2},
+    ):
+        keys.add(cache_key(base.model_copy(update=changed), GPU))
+    for changed in ({"name": "Other"}, {"memory_bytes": 40 * GIB}, {"driver": "590.1"}):
+        keys.add(cache_key(base, hardware.Gpu(**vars(GPU) | changed)))
+    keys.add(cache_key(base, None))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    keys.add(cache_key(base, GPU))
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    # The code of the model and of training, and torch itself.
+    read_bytes, read_text = Path.read_bytes, Path.read_text
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.name == "gpt.py"))
+    keys.add(cache_key(base, GPU))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.name == "optimizer.py"))
+    keys.add(cache_key(base, GPU))
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "read_text", lambda path, *a: read_text(path, *a) + "#" * (path.name == "version.py"))
+    keys.add(cache_key(base, GPU))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert len(keys) == 1 + 6 + 3 + 1 + 1 + 3
+    for same in ({"stage": "sft"}, {"tokens_per_step": 8 * LENGTH}, {"batch_size": config.BatchSize(margin=0.3)}):
+        assert cache_key(base.model_copy(update=same), GPU) in keys
 
 
 def test_two_jobs_may_write_the_cache_at_once(tmp_path):
-    """A reader sees one plan or the other, never a mixture."""
-    path = tmp_path / "k.json"
+    """A reader sees whole probes, never a mixture; both jobs end well."""
     job = f"""
 import sys
-from nanochat.files import write_json
+from nanochat.train.measured import Measured
+kept = Measured.load({str(tmp_path)!r}, "k", True, print)
 for i in range(60):
-    size = int(sys.argv[1])
-    write_json({str(path)!r}, {{"key": "k", "device_batch_size": size, "grad_accum_steps": 12 // size, "filler": "x" * 99999}})
+    kept.ran(int(sys.argv[1]), {{"peak_bytes": 1, "beside_bytes": 0, "dtype": "float32", "micro_step_seconds": 1.0,
+        "optimizer_seconds": 1.0, "filler": "x" * 99999}}, 1.0)
 """
     jobs = [subprocess.Popen([sys.executable, "-c", job, size]) for size in ("3", "4")]
+    path, complaints = tmp_path / "k.json", []
     while not path.exists():
         assert jobs[0].poll() in (None, 0)
-    complaints = []
     while any(process.poll() is None for process in jobs):
-        assert batch_size.read_cache(path, "k", 12, complaints.append)["device_batch_size"] in (3, 4)
+        assert set(Measured.load(str(tmp_path), "k", True, complaints.append).sizes) <= {3, 4}
     assert [process.returncode for process in jobs] == [0, 0]
     assert not complaints
     assert [p.name for p in tmp_path.iterdir()] == ["k.json"]
 
 
+def test_decoding_rows_are_those_that_fit(device):
+    plan = make_plan(on_gpu())
+    decode, sizes = plan["decode"], settings().model
+    model = GPT(GPTConfig.from_settings(MODEL, VOCAB, LENGTH))
+    assert decode["weight_bytes"] == 2 * sum(p.numel() for p in model.parameters())
+    assert decode["memory_bytes"] == int(0.85 * 80 * GIB) - decode["weight_bytes"] - GIB // 2
+    taken = [hardware.decode_bytes(sizes, VOCAB, decode["rows"] + more, LENGTH, 2) for more in (0, 1)]
+    assert taken[0] <= decode["memory_bytes"] < taken[1]
+
+
 @pytest.mark.slow
-def test_a_real_measurement_gives_a_plan(tmp_path):
-    plan = make_plan(settings(tmp_path))
+def test_a_real_measurement_gives_a_plan_and_a_hit_takes_no_time(tmp_path):
+    """Through the command, as the workflow runs it."""
+    write_json(tmp_path / "s.json", settings(tmp_path / "cache").model_dump(mode="json"))
+    command = [sys.executable, "-m", "nanochat", "batch_size", "--config", str(tmp_path / "s.json")]
+    subprocess.run([*command, "--out", str(tmp_path / "one.json")], check=True)
+    plan = read_json(tmp_path / "one.json")
     assert plan["source"] == "measured"
     assert plan["device_batch_size"] * plan["grad_accum_steps"] == 12
     assert 0 < plan["peak_bytes"] < plan["capacity_bytes"]
     assert all(p["ok"] and p["tokens_per_second"] > 0 for p in plan["probes"])
+    started = time.monotonic()
+    hit = subprocess.run(
+        [sys.executable, "-X", "importtime", *command[1:], "--out", str(tmp_path / "two.json")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert time.monotonic() - started < 2
+    assert " torch\n" not in hit.stderr, "torch takes seconds to import"
+    again = read_json(tmp_path / "two.json")
+    assert (again["source"], again["device_batch_size"]) == ("cache", plan["device_batch_size"])
 
 
 @pytest.mark.slow
-def test_a_probe_ends_at_its_deadline_and_at_the_memory_it_may_use(tmp_path):
-    write_json(tmp_path / "s.json", settings().model_dump(mode="json"))
-    late = run_probe(tmp_path / "s.json", 1, 2**40, timeout_seconds=0.3)
-    assert not late.ok
-    assert "ended after" in late.note
-    large = run_probe(tmp_path / "s.json", 1, 10 * 2**20, timeout_seconds=60)
-    assert not large.ok
-    assert "memory" in large.note
+def test_what_was_planned_can_be_measured_again():
+    plan = {"device_batch_size": 4, "settings": settings().model_dump(mode="json")}
+    with Prober(settings(), 60) as probe:
+        assert measure_again(plan, None) == pytest.approx(probe(4)["peak_bytes"], rel=0.2)
+    assert measure_again({**plan, "settings": None}, None) is None
+
+
+@pytest.mark.slow
+def test_a_probe_ends_at_its_deadline_and_at_the_memory_it_may_use():
+    with Prober(settings(), timeout_seconds=0.3) as probe, pytest.raises(DidNotRun, match=r"ended after 0 s"):
+        probe(1)
+    with Prober(settings(), 60, host_bytes=10 * 2**20) as probe, pytest.raises(DidNotRun, match="memory"):
+        probe(1)
+
+
+@pytest.mark.slow
+def test_a_cpu_that_runs_out_of_memory_is_an_answer():
+    """The kernel must not have to end the job: the probe may hold 1 GiB, and this takes more."""
+    wide = settings(model=config.Model(depth=4, width=512, head_dim=64).resolved(), sequence_length=2048)
+    with Prober(wide, 60, host_bytes=GIB) as probe, pytest.raises(DidNotRun, match="memory"):
+        probe(64)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_is_used_and_none_is_left(tmp_path):
+    with Prober(settings(), 60, ahead=True) as probe:
+        first = probe(2)
+        waiting = probe._waiting._process.pid
+        assert probe(4)["micro_step_seconds"] > 0
+        last = probe._waiting._process.pid
+    assert first["peak_bytes"] > 0
+    assert waiting != last
+    for pid in (waiting, last):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_a_probe_that_fails_says_why():
+    broken = settings().model_copy(update={"model": MODEL.resolved().model_copy(update={"heads": 3})})
+    with Prober(broken, 60) as probe, pytest.raises(UserError, match=r"probe of 1 rows failed .* heads"):
+        probe(1)
+
+
+def test_importing_the_stage_imports_no_torch():
+    code = "import sys, json, nanochat.train.batch_size; print(json.dumps('torch' in sys.modules))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(asked.stdout) is False
+    assert importlib.util.find_spec("torch")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hardware.visible_gpus(), reason="needs a CUDA device")
+def test_a_plan_on_a_real_gpu(tmp_path):
+    """The line, the driver's own figure of the memory, and a peak that the device really reached."""
+    small = {"sequence_length": 1024, "tokens_per_step": 64 * 1024, "vocab_size": 4096}
+    plan = make_plan(settings(tmp_path, gpus=1, batch_size={"max_device_batch_size": 64}, **small))
+    assert plan["device_batch_size"] * plan["grad_accum_steps"] == 64
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    total = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert plan["capacity_bytes"] == pytest.approx(total, rel=0.02)
+    assert GIB // 8 < plan["peak_bytes"] < 0.85 * plan["capacity_bytes"]
+    assert make_plan(settings(tmp_path, gpus=1, batch_size={"max_device_batch_size": 64}, **small))["source"] == "cache"

@@ -1,0 +1,218 @@
+"""How many rows fit, and with how many training is fastest, from as few probes as possible.
+
+Memory grows along a line in the rows. So two small probes predict which candidate is the largest that fits; that one is probed and
+so verifies the line. Where the line does not hold (kinks, noise, a device that is shared) what is left is growth by
+factors and bisection, which need no law at all.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+SAME_SPEED = 0.01  # below this difference the smaller batch wins: it leaves memory free
+PAYS = 0.03  # on a CPU growth goes on while it gains at least this
+TIMED = 2  # so many of the largest candidates are always timed
+STRAIGHT = 0.03  # a line that predicts the largest probe this well holds
+UNSURE = 0.10  # without that, what is predicted to be this little too large is tried all the same
+GROWTH = 4  # no probe is larger than so many times the largest that ran
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One size tried. ok: it ran; whether it leaves the margin free is another question. peak_bytes and speed only then."""
+
+    device_batch_size: int
+    ok: bool
+    peak_bytes: int | None
+    tokens_per_second: float | None
+    seconds: float
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search. chosen None: nothing fits. largest: rows that fit, whether or not they divide a step.
+
+    off  by how much the line missed the largest probe, as a share; None with fewer than three points
+    """
+
+    chosen: Probe | None
+    largest: int | None
+    largest_was_probed: bool
+    off: float | None
+    probes: list[Probe]
+    reason: str
+
+
+def peak_at(size: int, peaks: dict[int, int]) -> float:
+    """Peak bytes at a size between the probed ones, along straight lines; outside of them along the nearest two.
+
+    peaks  bytes by size, of the sizes that ran; one at least
+    """
+    if size in peaks or len(peaks) == 1:
+        return peaks.get(size, next(iter(peaks.values())))
+    sizes = sorted(peaks)
+    pairs = list(itertools.pairwise(sizes))
+    low, high = next(((a, b) for a, b in pairs if size < b), pairs[-1])
+    return peaks[low] + (peaks[high] - peaks[low]) * (size - low) / (high - low)
+
+
+class Tried:
+    """What is known: every size is probed once."""
+
+    def __init__(self, probe: Callable[[int], Probe], limit_bytes: int, known: Iterable[Probe] = ()):
+        self.probe, self.limit_bytes = probe, limit_bytes
+        self.probes = {one.device_batch_size: one for one in known}
+
+    def fits(self, size: int) -> bool:
+        if size not in self.probes:
+            self.probes[size] = self.probe(size)
+        return self.known_to_fit(size)
+
+    def known_to_fit(self, size: int) -> bool:
+        one = self.probes.get(size)
+        return one is not None and one.ok and one.peak_bytes <= self.limit_bytes
+
+    @property
+    def peaks(self) -> dict[int, int]:
+        """Bytes of the sizes that ran, also of those that leave no margin."""
+        return {size: self.probes[size].peak_bytes for size in sorted(self.probes) if self.probes[size].ok}
+
+    @property
+    def too_large(self) -> float:
+        """The smallest size known not to fit."""
+        return min((size for size in self.probes if not self.known_to_fit(size)), default=math.inf)
+
+    @property
+    def off(self) -> float | None:
+        """The error of the line through the third and second largest points at the largest one."""
+        if len(self.peaks) < 3:
+            return None
+        *below, largest = sorted(self.peaks)[-3:]
+        return abs(peak_at(largest, {n: self.peaks[n] for n in below}) / self.peaks[largest] - 1)
+
+    @property
+    def is_straight(self) -> bool:
+        return self.off is not None and self.off <= STRAIGHT
+
+    @property
+    def line_failed(self) -> bool:
+        """It says that a size fits which ran out of memory."""
+        size = self.too_large
+        return size in self.probes and not self.probes[size].ok and peak_at(int(size), self.peaks) <= self.limit_bytes
+
+
+def search(
+    probe: Callable[[int], Probe],
+    candidates: list[int],
+    limit_bytes: int,
+    most: int,
+    guess: int,
+    known: Iterable[Probe] = (),
+) -> Found:
+    """The fastest candidate whose peak stays below the limit.
+
+    probe       tries a size; called once for each
+    candidates  ascending, beginning with 1: the sizes that a step can be split into
+    most        largest size worth trying
+    guess       how many rows might fit: where to begin, nothing more
+    known       probes of earlier searches
+    """
+    tried = Tried(probe, limit_bytes, known)
+    low = _largest_candidate(tried, candidates, guess)
+    if not low:
+        return Found(None, None, False, tried.off, list(tried.probes.values()), "nothing fits")
+    for size in [n for n in candidates if n <= low][-TIMED:]:
+        tried.fits(size)
+    largest = _most_rows(tried, low, most)
+    return _chosen(tried, candidates, largest)
+
+
+def search_while_it_pays(
+    probe: Callable[[int], Probe], candidates: list[int], limit_bytes: int, first: int, known: Iterable[Probe] = ()
+) -> Found:
+    """On a CPU memory is no limit and large batches fall out of its cache: grow until a larger batch is no faster."""
+    tried = Tried(probe, limit_bytes, known)
+    start = max((n for n in candidates if n <= first), default=candidates[0])
+    while not tried.fits(start):
+        if start == candidates[0]:
+            return Found(None, None, False, None, list(tried.probes.values()), "nothing fits")
+        start = max((n for n in candidates if n <= start // 2), default=candidates[0])
+    sizes, fastest = [start], tried.probes[start].tokens_per_second
+    for size in candidates:
+        if size < 2 * sizes[-1] and not (size == candidates[-1] > sizes[-1]):
+            continue
+        if not tried.fits(size):
+            break
+        speed = tried.probes[size].tokens_per_second
+        sizes.append(size)
+        if speed < fastest * (1 + PAYS):
+            found = _chosen(tried, candidates, size)
+            return Found(**vars(found) | {"reason": f"{found.reason}; larger ones no longer gain"})
+        fastest = speed
+    return _chosen(tried, candidates, sizes[-1])
+
+
+def _largest_candidate(tried: Tried, candidates: list[int], guess: int) -> int | None:
+    """The largest candidate that fits, None when none does."""
+    if len(tried.peaks) < 2:
+        # Half and a quarter of what might fit: small enough to run for sure, and among the largest few that do.
+        start = max((n for n in candidates if n <= guess // 2), default=candidates[0])
+        if tried.fits(start) and start > 1:
+            tried.fits(max(n for n in candidates if n <= start // 2))
+    while True:
+        low = max((n for n in candidates if tried.known_to_fit(n)), default=0)
+        between = [n for n in candidates if low < n < tried.too_large]
+        size = _next(tried, between) if between else None
+        if size is None:
+            return low or None
+        tried.fits(size)
+
+
+def _next(tried: Tried, between: list[int]) -> int | None:
+    """Which of these candidates to try; None when the line says that none of them fits."""
+    peaks = tried.peaks
+    if len(peaks) < 2:
+        if tried.too_large < math.inf:
+            return max((n for n in between if n <= tried.too_large // 2), default=between[0])
+        return next((n for n in between if n >= 2 * max(peaks, default=0)), between[-1])
+    if tried.line_failed:
+        return between[len(between) // 2]
+    fitting = [n for n in between if peak_at(n, peaks) <= tried.limit_bytes]
+    if fitting:
+        within_reach = [n for n in fitting if n <= GROWTH * max(peaks)]
+        return within_reach[-1] if within_reach else fitting[0]
+    slack = STRAIGHT if tried.is_straight else UNSURE
+    return between[0] if peak_at(between[0], peaks) <= tried.limit_bytes * (1 + slack) else None
+
+
+def _most_rows(tried: Tried, low: int, most: int) -> int:
+    """The most rows that fit: by a line that holds, otherwise tried."""
+    low = max([low, *(n for n in tried.probes if n <= most and tried.known_to_fit(n))])
+    while True:
+        end = min(most + 1, tried.too_large)
+        if len(tried.peaks) < 2 or tried.line_failed:
+            size = (low + end) // 2
+        else:
+            size = max((n for n in range(low, end) if peak_at(n, tried.peaks) <= tried.limit_bytes), default=low)
+            size = min(size, GROWTH * max(tried.peaks))
+            if tried.is_straight and size <= 3 * max(tried.peaks):
+                return size
+        if size == low or end - low <= max(1, low // 16):
+            return low
+        if tried.fits(size):
+            low = size
+
+
+def _chosen(tried: Tried, candidates: list[int], largest: int) -> Found:
+    usable = [tried.probes[n] for n in candidates if tried.known_to_fit(n)]
+    fastest = max(one.tokens_per_second for one in usable)
+    chosen = next(one for one in usable if one.tokens_per_second >= fastest * (1 - SAME_SPEED))
+    sizes = ", ".join(str(one.device_batch_size) for one in usable)
+    reason = f"{chosen.tokens_per_second:,.0f} tokens/s, the fastest of {sizes} rows"
+    if chosen.tokens_per_second < fastest:
+        reason += f", but for less than {SAME_SPEED:.0%}"
+    if tried.too_large < math.inf or largest > max(candidates):
+        reason += f"; {largest} rows fit in memory"
+    return Found(chosen, largest, largest in tried.probes, tried.off, list(tried.probes.values()), reason)

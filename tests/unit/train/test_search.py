@@ -1,0 +1,162 @@
+"""The search over made-up memory laws: lines, steps, kinks, noise."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.train.search import Probe, peak_at, search, search_while_it_pays
+
+
+class Law:
+    """A device that is not there: memory and speed as functions of the rows."""
+
+    def __init__(self, capacity, per_row=10.0, fixed=100.0, noise=0.0, step=1, kink=None, speed=lambda n: float(n)):
+        self.capacity, self.per_row, self.fixed, self.noise, self.step = capacity, per_row, fixed, noise, step
+        self.kink, self.speed, self.tried = kink, speed, []
+
+    def peak(self, n: int) -> int:
+        rounded = -(-n // self.step) * self.step  # allocators round up: memory grows in steps
+        bent = self.per_row * max(0, n - self.kink) if self.kink else 0.0  # from there on twice as steep
+        return int((self.fixed + self.per_row * rounded + bent) * (1 + self.noise * (n * 7919 % 13) / 13))
+
+    def __call__(self, n: int) -> Probe:
+        assert n not in self.tried, "a size was tried twice"
+        self.tried.append(n)
+        if self.peak(n) > self.capacity:
+            return Probe(n, False, None, None, 1.0, "out of memory")
+        return Probe(n, True, self.peak(n), self.speed(n), 1.0)
+
+
+def divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+@given(
+    rows=st.integers(1, 300),
+    capacity=st.integers(50, 4000),
+    noise=st.floats(0, 0.3),
+    step=st.integers(1, 9),
+    kink=st.none() | st.integers(1, 100),
+    guess=st.integers(1, 600),
+    most=st.integers(1, 512),
+)
+def test_what_is_chosen_fits_and_divides(rows, capacity, noise, step, kink, guess, most):
+    law = Law(capacity, noise=noise, step=step, kink=kink)
+    limit = int(capacity * 0.85)
+    candidates = [n for n in divisors(rows) if n <= most]
+    found = search(law, candidates, limit, most, guess)
+    if found.chosen is None:
+        assert law.peak(1) > limit
+        return
+    assert rows % found.chosen.device_batch_size == 0
+    assert law.peak(found.chosen.device_batch_size) <= limit
+    assert found.chosen.device_batch_size == max(n for n in candidates if n in law.tried and law.peak(n) <= limit)
+    assert found.chosen.device_batch_size <= found.largest <= most
+    if found.largest_was_probed:
+        assert law.peak(found.largest) <= limit
+
+
+@given(
+    rows=st.integers(1, 512),
+    capacity=st.integers(150, 6000),
+    step=st.integers(1, 3),
+    kink=st.none() | st.integers(1, 200),
+    guess=st.integers(1, 600),
+)
+def test_the_largest_that_fits_is_found_unless_it_is_at_the_very_edge(rows, capacity, step, kink, guess):
+    """Also along steps and kinks. What lies within a tenth of the limit may be passed over."""
+    law = Law(capacity, step=step, kink=kink)
+    limit = int(capacity * 0.85)
+    candidates = divisors(rows)
+    found = search(law, candidates, limit, 512, guess)
+    fitting = [n for n in candidates if law.peak(n) <= limit]
+    if not fitting:
+        assert found.chosen is None
+        return
+    best = max(fitting)
+    assert found.chosen.device_batch_size == best or law.peak(best) > 0.9 * limit
+    assert len(law.tried) <= 6 + 3 * math.log2(512)
+
+
+@given(
+    capacity=st.integers(2_000, 20_000), per_row=st.floats(5, 60), fixed=st.integers(0, 900), guess=st.integers(8, 400)
+)
+def test_a_line_predicts_the_maximum(capacity, per_row, fixed, guess):
+    law = Law(capacity, per_row, fixed)
+    limit = int(capacity * 0.85)
+    found = search(law, divisors(512), limit, 512, guess)
+    true = max(n for n in range(1, 513) if law.peak(n) <= limit)
+    assert abs(found.largest - true) <= 1
+
+
+def test_three_probes_are_enough_on_a_line():
+    law = Law(capacity=850, per_row=10, fixed=30)
+    found = search(law, divisors(256), int(850 * 0.85), 512, guess=74)
+    assert law.tried == [32, 16, 64]
+    assert (found.largest, found.largest_was_probed) == (69, False)
+    assert found.off < 0.01
+
+
+def test_known_probes_are_not_measured_again():
+    first = Law(capacity=850, per_row=10, fixed=30)
+    known = search(first, divisors(256), 720, 512, guess=74).probes
+    again = Law(capacity=850, per_row=10, fixed=30)
+    for rows in (256, 64, 32):
+        found = search(again, divisors(rows), 720, 512, guess=74, known=known)
+        assert found.chosen.device_batch_size == min(64, rows)
+    assert not again.tried
+
+
+def test_an_estimate_that_is_far_off_costs_probes_and_nothing_else():
+    for guess in (1, 5, 2_000):
+        law = Law(capacity=850, per_row=10, fixed=30)
+        found = search(law, divisors(256), 720, 512, guess)
+        assert (found.chosen.device_batch_size, found.largest) == (64, 69)
+        assert len(law.tried) <= 7
+
+
+def test_the_fastest_is_chosen_not_the_largest():
+    speed = {16: 900.0, 32: 1000.0, 64: 800.0}
+    found = search(Law(1e9, speed=lambda n: speed.get(n, 10.0)), divisors(64), 10**9, 64, 64)
+    assert found.chosen.device_batch_size == 32
+
+
+def test_within_one_percent_the_smaller_is_chosen():
+    found = search(Law(1e9, speed=lambda n: 100.0 + n / 100), divisors(64), 10**9, 64, 64)
+    assert found.chosen.device_batch_size == min(p.device_batch_size for p in found.probes)
+    assert "for less than 1%" in found.reason
+
+
+def test_growth_on_a_cpu_ends_where_it_no_longer_pays():
+    law = Law(1e9, speed=lambda n: float(min(n, 8)))
+    found = search_while_it_pays(law, divisors(512), 10**9, first=4)
+    assert law.tried == [4, 8, 16]
+    assert found.chosen.device_batch_size == 8
+
+
+def test_growth_starts_smaller_when_its_start_does_not_fit():
+    assert search_while_it_pays(Law(capacity=135), divisors(64), 135, first=16).chosen.device_batch_size == 2
+
+
+def test_only_one_row_fits():
+    assert search(Law(115), divisors(64), 115, 64, 64).chosen.device_batch_size == 1
+    assert search_while_it_pays(Law(115), divisors(64), 115, 64).chosen.device_batch_size == 1
+
+
+def test_a_prime_number_of_rows_leaves_one():
+    found = search(Law(capacity=300), divisors(127), 300, 512, 20)
+    assert found.chosen.device_batch_size == 1
+    assert 17 <= found.largest <= 20
+
+
+def test_nothing_fits():
+    for found in (search(Law(90), divisors(64), 90, 64, 64), search_while_it_pays(Law(90), divisors(64), 90, 64)):
+        assert found.chosen is None
+        assert found.probes[-1].device_batch_size == 1
+
+
+def test_peaks_between_the_probes_lie_on_straight_lines():
+    peaks = {2: 20, 8: 50, 16: 130}
+    assert [peak_at(n, peaks) for n in (1, 2, 5, 8, 12, 16, 18)] == [15, 20, 35, 50, 90, 130, 150]
+    assert peak_at(7, {4: 99}) == 99
