@@ -1,7 +1,6 @@
 """The decode step: embed, layers, head, sample, append, advance, stop test. All of it on the device, nothing waits for it.
 
-A step is a function of tensors that stay where they are, so that on a GPU it is captured once for each (rows, length) and
-replayed: at small batches the host could not launch the kernels as fast as they run. On a CPU the same function is called.
+A step is a function of tensors that stay where they are, so that on a GPU it can be captured and replayed (`decoder`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanochat.infer.requests import MAX_STOP_IDS
-from nanochat.infer.sampling import RowSampling, Sampling, sample
+from nanochat.infer.sampling import Kind, RowSampling, Sampling, sample
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
@@ -63,15 +62,15 @@ class Rows:
         self.running[source] = False
 
 
-def decode_step(model: GPT, cache: KVCache, rows: Rows, all_greedy: bool, any_filtered: bool) -> None:
-    """Draw one token in each running row, in place.
+def decode_step(model: GPT, cache: KVCache, rows: Rows, kind: Kind) -> None:
+    """Draw one token in each running row, in place. `fused_step` does the same in fewer kernels where it can.
 
     cache  over the same rows and as many positions as the step reads: a power-of-two bucket above the longest running row
     """
     # A row that stopped in an earlier, longer bucket may stand beyond this one; what it stores there is never read.
     position = rows.position.clamp_max(cache.length - 1)
     logits = model(rows.token[:, None], positions=position[:, None], cache=cache, last_only=True)[:, -1]  # (R, V)
-    drawn = sample(logits, rows.sampling, rows.position + 1, all_greedy, any_filtered)
+    drawn = sample(logits, rows.sampling, rows.position + 1, kind)
     advance(rows, drawn)
 
 
@@ -87,51 +86,62 @@ def advance(rows: Rows, drawn: Tensor) -> None:
     rows.running.copy_(running & ~stopped)
 
 
-class Decoder:
-    """Runs decode steps: captured on a GPU, eager on a CPU or when asked."""
+@dataclass(frozen=True)
+class Arrivals:
+    """n rows that begin to decode, as the host says it: two small tensors, since each copy to a GPU takes a while."""
 
-    def __init__(self, model: GPT, cache: KVCache, rows: Rows, graphs: bool, compile: bool = False):
-        """compile: fuse the step's kernels with torch.compile, one compilation for each (rows, length)."""
-        self.model, self.cache, self.rows, self.graphs = model, cache, rows, graphs
-        self.step = decode_step
-        if compile:
-            # Each (rows, length) is a shape of its own; beyond 8 of them the compiler would silently give up.
-            torch._dynamo.config.recompile_limit = 256
-            torch._dynamo.config.accumulated_recompile_limit = 1024
-            self.step = torch.compile(decode_step, dynamic=False)
-        self.captured: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if graphs else None
+    whole: Tensor  # (n, 6 + MAX_STOP_IDS + 1) int64: source, slot, position, remaining, top_k, seed, stops
+    real: Tensor  # (n, 3) float32: temperature, top_p, min_p
 
-    @torch.no_grad()
-    def run(self, steps: int, rows: int, length: int, all_greedy: bool, any_filtered: bool) -> None:
-        """Decode `steps` tokens in the first `rows` rows, over the first `length` positions of the cache."""
-        self.rows.column.zero_()
-        if self.graphs:
-            key = (rows, length, all_greedy, any_filtered)
-            if key not in self.captured:
-                self.captured[key] = self._capture(*key)
-            for _ in range(steps):
-                self.captured[key].replay()
-            return
-        cache, some = self.cache.sliced(rows=rows, length=length), self.rows.first(rows)
-        for _ in range(steps):
-            self.step(self.model, cache, some, all_greedy, any_filtered)
+    @classmethod
+    def of(cls, rows: list[tuple[int, int, int, int, list[int], Sampling]]) -> "Arrivals":
+        """On the CPU, from (source, slot, position, remaining, stops, sampling) of each row."""
+        whole, real = [], []
+        for source, slot, position, remaining, stops, sampling in rows:
+            padding = [-1] * (MAX_STOP_IDS + 1 - len(stops))
+            numbers = [source, slot, position, remaining, sampling.top_k, sampling.seed & 0xFFFFFFFF]
+            whole.append([*numbers, *stops, *padding])
+            real.append([sampling.temperature, sampling.top_p, sampling.min_p])
+        return cls(torch.tensor(whole), torch.tensor(real))
 
-    def _capture(self, rows: int, length: int, all_greedy: bool, any_filtered: bool) -> torch.cuda.CUDAGraph:
-        """Record one step. It is run before, as capture demands, with all rows halted: then it changes nothing that counts."""
-        cache, some = self.cache.sliced(rows=rows, length=length), self.rows.first(rows)
-        running = self.rows.running.clone()
-        self.rows.running.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.rows.column.zero_()
-                self.step(self.model, cache, some, all_greedy, any_filtered)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.step(self.model, cache, some, all_greedy, any_filtered)
-        self.rows.running.copy_(running)
-        self.rows.column.zero_()
-        return graph
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def to(self, device: torch.device) -> "Arrivals":
+        return Arrivals(self.whole.to(device), self.real.to(device))
+
+    def copy_(self, other: "Arrivals") -> None:
+        """Become the other, in place."""
+        self.whole.copy_(other.whole)
+        self.real.copy_(other.real)
+
+    def padded(self, count: int, slot: int) -> "Arrivals":
+        """`count` rows: copies of the last are added, which all go to `slot` and halt at once."""
+        whole, real = (side[[*range(len(self)), *[-1] * (count - len(self))]] for side in (self.whole, self.real))
+        whole[len(self) :, 1] = slot
+        whole[len(self) :, 3] = 0  # remaining
+        return Arrivals(whole, real)
+
+
+@torch.no_grad()
+def begin(state: Rows, logits: Tensor, arrivals: Arrivals, kind: Kind) -> Tensor:
+    """Draw the next token of each arriving row from the logits (P, V) of its source, and set it running; returns (n,) int64.
+
+    Each row draws with noise of its own, also where several continue the same prompt.
+    """
+    source, slot, position, remaining, top_k, seed = arrivals.whole[:, :6].unbind(1)
+    stops = arrivals.whole[:, 6:]
+    temperature, top_p, min_p = arrivals.real.unbind(1)
+    sampling = RowSampling(temperature, top_k, top_p, min_p, seed)
+    drawn = sample(logits.index_select(0, source), sampling, position, kind)
+    stopped = (drawn[:, None] == stops).any(-1) | (remaining <= 0)
+    state.sampling.put(slot, sampling)
+    for tensor, rows in (
+        (state.stops, stops),
+        (state.position, position),
+        (state.remaining, remaining),
+        (state.token, drawn),
+        (state.running, ~stopped),
+    ):
+        tensor.index_copy_(0, slot, rows)
+    return drawn

@@ -6,7 +6,7 @@ Several samples of one prompt are prefilled once and drawn independently, the fi
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,14 +17,18 @@ from nanochat.hardware import host_memory_bytes
 from nanochat.infer import scoring
 from nanochat.infer.calculator import calculate
 from nanochat.infer.capacity import PREFILL_ROWS, engine_bytes, rows_that_fit
-from nanochat.infer.decode import Decoder, Rows
+from nanochat.infer.decode import Arrivals, Rows
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.fused_prefill import FusedPrefill
+from nanochat.infer.fused_step import unusable
 from nanochat.infer.prefill import Prefill, bucket
-from nanochat.infer.requests import MAX_STOP_IDS, Completion, Request, Scored, StopReason
-from nanochat.infer.sampling import RowSampling, sample
+from nanochat.infer.requests import Completion, Request, Scored, StopReason
+from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
 MAX_BURST = 64
+PASS_TOKENS = {"cuda": 16_384, "cpu": 4_096}  # of prompts in one pass
 
 
 @dataclass
@@ -66,20 +70,17 @@ class Engine:
         rows: int = 1,
         length: int | None = None,
         graphs: bool | None = None,
-        compile: bool = False,
-        shortest_bucket: int = 64,
+        kernels: bool | None = None,
     ):
         """Allocate all the memory that the engine will hold.
 
         length   positions of a row, prompt and new tokens together; None: the model's training length
         graphs   replay captured steps; None: on a GPU
-        compile  fuse the kernels of a step; one compilation for each shape, which pays for long runs only
-        shortest_bucket  positions that a step reads at least; the buckets double from there to `length`
+        kernels  decode with the Triton kernels; None: where they can (`fused_step.unusable`)
         Raises UserError when that many rows do not fit.
         """
         self.model, self.tokenizer = model.eval(), tokenizer
         self.rows, self.length = rows, length or model.config.sequence_length
-        self.shortest_bucket = shortest_bucket
         device = model.device
         if self.length > model.cos.size(0):
             raise UserError(
@@ -94,13 +95,12 @@ class Engine:
                 f"At most {rows_that_fit(model.config, self.length, itemsize, free)} rows fit."
             )
         self.cache = KVCache(model.config, rows, self.length, device, model.compute_dtype)
-        self.prefill = Prefill(
-            model, min(rows, PREFILL_ROWS), self.length, tokens=16_384 if device.type == "cuda" else 4_096
-        )
-        self.state = Rows.empty(rows, MAX_BURST, device)
-        self.decoder = Decoder(
-            model, self.cache, self.state, device.type == "cuda" if graphs is None else graphs, compile=compile
-        )
+        graphs = device.type == "cuda" if graphs is None else graphs
+        kernels = unusable(model) is None if kernels is None else kernels
+        self.state = Rows.empty(rows + 1, MAX_BURST, device)  # one more that arrivals are padded with
+        self.decoder = Decoder(model, self.cache, self.state, graphs, kernels)
+        fused = FusedPrefill(self.decoder) if kernels else None
+        self.prefill = Prefill(model, self.cache, min(rows, PREFILL_ROWS), PASS_TOKENS[device.type], fused)
         # On a GPU a look at the result stalls it; a row that stops early idles until then.
         self.burst = 16 if device.type == "cuda" else 1
         self.row_buckets = sorted({min(2**i, rows) for i in range(rows.bit_length() + 1)})
@@ -157,41 +157,21 @@ class Engine:
             by_prompt.setdefault(tuple(job.request.prompt), []).append(job)
         prompts = [list(prompt) for prompt in by_prompt]
         for batch in self.prefill.batches(prompts):
-            logits = self.prefill([prompts[i] for i in batch])  # (P, V)
-            sharing = [by_prompt[tuple(prompts[i])] for i in batch]
-            taken = [(free.pop(0), source, job) for source, group in enumerate(sharing) for job in group]
-            slot_ids = self._tensor([slot for slot, _, _ in taken])
-            sources = self._tensor([source for _, source, _ in taken])
-            self.prefill.copy(self.cache, slot_ids, sources, max(len(prompts[i]) for i in batch))
-            slots.update({slot: job for slot, _, job in taken})
-            drawn = self._start(slot_ids, [job for _, _, job in taken], logits.index_select(0, sources))
-            yield from self._harvest(slots, dict(zip([slot for slot, _, _ in taken], drawn, strict=True)))
+            sharing = [[(free.pop(0), job) for job in by_prompt[tuple(prompts[i])]] for i in batch]
+            logits = self.prefill([prompts[i] for i in batch], [[slot for slot, _ in group] for group in sharing])
+            taken = [(source, slot, job) for source, group in enumerate(sharing) for slot, job in group]
+            slots.update({slot: job for _, slot, job in taken})
+            yield from self._harvest(slots, self._start(taken, logits))
 
-    def _start(self, slots: Tensor, jobs: list[_Job], logits: Tensor) -> list[list[int]]:
-        """Draw the next token of these rows (n,), each with noise of its own, from their logits (n, V), and set them running.
-
-        Returns the tokens, one in a list per row, as `_decode` does.
-        """
-        state, stops = self.state, []
-        for job in jobs:
-            ids = [*job.request.stop_ids, *([self._special("python_end")] if job.request.calculator else [])]
-            stops.append(ids + [-1] * (MAX_STOP_IDS + 1 - len(ids)))
-        settings = [job.request.sampling(job.sample) for job in jobs]
-        sampling, stop_ids = RowSampling.of(settings, slots.device), self._tensor(stops)
-        position = self._tensor([job.position + 1 for job in jobs])
-        remaining = self._tensor([job.remaining - 1 for job in jobs])
-        drawn = sample(logits, sampling, position, *self._variant(jobs))
-        stopped = (drawn[:, None] == stop_ids).any(-1) | (remaining <= 0)
-        state.sampling.put(slots, sampling)
-        for tensor, rows in (
-            (state.stops, stop_ids),
-            (state.position, position),
-            (state.remaining, remaining),
-            (state.token, drawn),
-            (state.running, ~stopped),
-        ):
-            tensor.index_copy_(0, slots, rows)
-        return drawn[:, None].tolist()
+    def _start(self, taken: list[tuple[int, int, _Job]], logits: Tensor) -> dict[int, list[int]]:
+        """Draw the next token of rows (source in the logits (P, V), slot, job) and set them running; as `_decode` returns them."""
+        rows = []
+        for source, slot, job in taken:
+            stops = [*job.request.stop_ids, *([self._special("python_end")] if job.request.calculator else [])]
+            sampling = job.request.sampling(job.sample)
+            rows.append((source, slot, job.position + 1, job.remaining - 1, stops, sampling))
+        drawn = self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken))
+        return {slot: [token] for (_, slot, _), token in zip(taken, drawn, strict=True)}
 
     def _decode(self, slots: dict[int, _Job], waiting: bool) -> dict[int, list[int]]:
         """Run a burst of steps; what each row drew, -1 behind its end. `waiting`: jobs wait for a row."""
@@ -202,8 +182,8 @@ class Engine:
         steps = min(burst, max(job.remaining for job in jobs))
         reach = max(job.position + min(steps, job.remaining) for job in jobs)
         rows = self._row_bucket(max(slots) + 1)
-        length = bucket(reach, self.length, self.shortest_bucket)
-        self.decoder.run(steps, rows, length, *self._variant(jobs))
+        length = bucket(reach, self.length)
+        self.decoder.run(steps, rows, length, self._kind(jobs))
         drawn = self.state.drawn[:rows, :steps].tolist()  # the burst's one wait for the device
         return {slot: drawn[slot] for slot in slots}
 
@@ -220,8 +200,8 @@ class Engine:
                         first = job.position
                         job.ids += forced
                         new += forced
-                        logits = self.prefill.extend(self.cache, slot, job.ids[-len(forced) - 1 :], first)
-                        again[slot] = self._start(self._tensor([slot]), [job], logits)[0]
+                        logits = self.prefill.extend(slot, job.ids[-len(forced) - 1 :], first)
+                        again |= self._start([(0, slot, job)], logits)
                     else:
                         reason = "length"
                 if reason is not None:
@@ -268,13 +248,8 @@ class Engine:
         return next(size for size in self.row_buckets if size >= rows)
 
     @staticmethod
-    def _variant(jobs) -> tuple[bool, bool]:
-        """(all greedy, any filtered): what sampling may leave out."""
-        settings = [job.request.sampling(job.sample) for job in jobs]
-        return all(each.greedy for each in settings), any(each.filtered for each in settings)
+    def _kind(jobs: Iterable[_Job]) -> Kind:
+        return Kind.of([job.request.sampling(job.sample) for job in jobs])
 
     def _special(self, name: str) -> int:
         return self.tokenizer.special(f"<|{name}|>")
-
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)

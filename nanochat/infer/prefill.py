@@ -1,21 +1,23 @@
-"""Prefill: many prompts at once into a scratch cache, each computed once however many rows will continue it.
+"""Prefill: many prompts at once, each computed once however many rows will continue it.
 
-The scratch is copied into the engine's rows afterwards. That costs a little bandwidth and buys that freed rows need not be
-neighbours, that several samples share one prompt, and that a prefix shared by all prompts is computed a single time.
+They go through a scratch cache that is copied into the engine's rows. That costs a little bandwidth and buys that freed rows need
+not be neighbours, that several samples share one prompt, and that a prefix shared by all prompts is computed a single time.
+Where the kernels serve (`fused_prefill`), prompts without such a prefix go straight to their rows.
 """
 
 import torch
 from torch import Tensor
 
+from nanochat.infer.fused_prefill import FusedPrefill
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
 SHORTEST_PREFIX = 16  # tokens; a shorter common prefix costs more to copy than to compute
 
 
-def bucket(length: int, longest: int, shortest: int = 64) -> int:
-    """The smallest of 64, 128, 256, ... (or doubling from `shortest`) that holds `length` positions, at most `longest`."""
-    size = shortest
+def bucket(length: int, longest: int) -> int:
+    """The smallest of 64, 128, 256, ... that holds `length` positions, at most `longest`."""
+    size = 64
     while size < length:
         size *= 2
     return min(size, longest)
@@ -34,10 +36,11 @@ def common_prefix(prompts: list[list[int]]) -> int:
 class Prefill:
     """Computes keys, values and last logits of prompts."""
 
-    def __init__(self, model: GPT, rows: int, length: int, tokens: int):
-        """rows: prompts at a time at most; tokens: in one forward pass at most, which bounds the activations."""
-        self.model, self.rows, self.length, self.tokens = model, rows, length, tokens
-        arguments = (length, model.device, model.compute_dtype)
+    def __init__(self, model: GPT, cache: KVCache, rows: int, tokens: int, fused: FusedPrefill | None = None):
+        """cache: of the engine; rows: prompts at a time at most; tokens: in one pass at most, which bounds the activations."""
+        self.model, self.cache, self.rows, self.length, self.tokens = model, cache, rows, cache.length, tokens
+        self.fused = fused
+        arguments = (self.length, model.device, model.compute_dtype)
         self.scratch = KVCache(model.config, rows, *arguments)
         self.shared = KVCache(model.config, 1, *arguments)
         self.prefix: list[int] = []
@@ -57,33 +60,50 @@ class Prefill:
         """Which prompts (indices) go into one pass: similar lengths together, since all are as long as the longest."""
         result: list[list[int]] = []
         for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-            longest = len(prompts[result[-1][0]]) if result else 0
-            fits = result and len(result[-1]) < self.rows and (len(result[-1]) + 1) * longest <= self.tokens
+            width = bucket(len(prompts[result[-1][0]]), self.length) if result else 0
+            fits = result and len(result[-1]) < self.rows and (len(result[-1]) + 1) * width <= self.tokens
             result[-1].append(index) if fits else result.append([index])
         return result
 
     @torch.no_grad()
-    def __call__(self, prompts: list[list[int]]) -> Tensor:
+    def __call__(self, prompts: list[list[int]], slots: list[list[int]]) -> Tensor:
+        """Fill rows of the cache, `slots` of each prompt, with the prompts; returns their last logits (P, V) float32.
+
+        The logits may be in a buffer that the next call overwrites.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        if self.fused and not self.prefix and longest <= self.tokens:
+            logits = self.fused(prompts, [some[0] for some in slots], bucket(longest, self.length))
+            self._copy(self.cache, slots, [some[0] for some in slots], longest, skip=1)
+            return logits
+        logits = self._through_scratch(prompts, longest)
+        self._copy(self.scratch, slots, list(range(len(prompts))), longest)
+        return logits
+
+    def _through_scratch(self, prompts: list[list[int]], longest: int) -> Tensor:
         """Fill the first rows of the scratch cache with these prompts; returns their last logits (P, V) float32."""
         start = len(self.prefix)
         if start:
             for scratch, shared in zip(self._tensors(self.scratch), self._tensors(self.shared), strict=True):
                 scratch[: len(prompts), :start] = shared[:, :start]
         # A single long prompt goes in pieces, so that its activations stay bounded too.
-        longest = max(len(prompt) for prompt in prompts)
         while len(prompts) == 1 and longest - start > self.tokens:
             self._forward(self.scratch, [prompts[0][start : start + self.tokens]], start)
             start += self.tokens
         return self._forward(self.scratch, [prompt[start:] for prompt in prompts], start)
 
-    def copy(self, cache: KVCache, slots: Tensor, sources: Tensor, length: int) -> None:
-        """Copy the first `length` positions of the scratch rows `sources` (n,) to the rows `slots` (n,) of the cache."""
-        for target, scratch in zip(self._tensors(cache), self._tensors(self.scratch), strict=True):
-            target[:, :length].index_copy_(0, slots, scratch[:, :length].index_select(0, sources))
+    def _copy(self, source: KVCache, slots: list[list[int]], rows: list[int], length: int, skip: int = 0) -> None:
+        """Copy the first `length` positions of each of the source's `rows` to all of its slots but the first `skip`."""
+        pairs = [(slot, row) for some, row in zip(slots, rows, strict=True) for slot in some[skip:]]
+        if not pairs:
+            return
+        to, of = torch.tensor(pairs, device=self.model.device).unbind(1)
+        for target, tensor in zip(self._tensors(self.cache), self._tensors(source), strict=True):
+            target[:, :length].index_copy_(0, to, tensor[:, :length].index_select(0, of))
 
-    def extend(self, cache: KVCache, slot: int, tokens: list[int], start: int) -> Tensor:
+    def extend(self, slot: int, tokens: list[int], start: int) -> Tensor:
         """Append tokens to one row of the cache from position `start`; returns the last logits (1, V) float32."""
-        return self._forward(cache.sliced(first_row=slot, rows=1), [tokens], start)
+        return self._forward(self.cache.sliced(first_row=slot, rows=1), [tokens], start)
 
     @torch.no_grad()
     def _forward(self, cache: KVCache, rows: list[list[int]], start: int) -> Tensor:

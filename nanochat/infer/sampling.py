@@ -6,6 +6,7 @@ token id), so that a row reproduces whatever rows stand beside it, on any device
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,15 +36,19 @@ class Sampling:
             return f"min_p = {self.min_p}: must be 0 (all tokens) to 1"
         return None
 
-    @property
-    def greedy(self) -> bool:
-        """No noise is needed."""
-        return self.temperature == 0
 
-    @property
-    def filtered(self) -> bool:
-        """A sort of the vocabulary is needed."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+class Kind(NamedTuple):
+    """What a step of some rows has to do; what none of them asks for is left out. The defaults leave nothing out."""
+
+    greedy: bool = False  # all temperatures are 0: only an argmax
+    cut: bool = True  # some row leaves tokens out: the logits of all tokens are needed before one is drawn
+    filtered: bool = True  # some row has top_k or top_p: a sort of the vocabulary
+
+    @classmethod
+    def of(cls, rows: list[Sampling]) -> "Kind":
+        drawing = [row for row in rows if row.temperature > 0]
+        filtered = any(row.top_k > 0 or row.top_p < 1 for row in drawing)
+        return cls(not drawing, filtered or any(row.min_p > 0 for row in drawing), filtered)
 
 
 @dataclass
@@ -77,26 +82,23 @@ class RowSampling:
             getattr(self, field.name).index_copy_(0, slots, getattr(other, field.name))
 
 
-def sample(
-    logits: Tensor, rows: RowSampling, draws: Tensor, all_greedy: bool = False, any_filtered: bool = True
-) -> Tensor:
+def sample(logits: Tensor, rows: RowSampling, draws: Tensor, kind: Kind = Kind()) -> Tensor:  # noqa: B008, a constant
     """Draw one token per row.
 
-    logits        (R, V) float32
-    rows          the settings of the R rows
-    draws         (R,) int64, how many tokens the row has drawn before: with its seed, what its noise depends on
-    all_greedy    the caller knows that every temperature is 0: only an argmax is left
-    any_filtered  False: the caller knows that no row has top_k or top_p, and the sort is left out
-    returns       (R,) int64
+    logits   (R, V) float32
+    rows     the settings of the R rows
+    draws    (R,) int64, how many tokens the row has drawn before: with its seed, what its noise depends on
+    kind     what the caller knows of the rows
+    returns  (R,) int64
     """
     greedy = logits.argmax(-1)
-    if all_greedy:
+    if kind.greedy:
         return greedy
     scaled = logits / rows.temperature.clamp_min(1e-6)[:, None]
     # min_p: p >= min_p x p_max is a distance between logits.
     floor = scaled.amax(-1) + rows.min_p.log()  # (R,), -inf when off
     kept = scaled >= floor[:, None]
-    if any_filtered:
+    if kind.filtered:
         kept &= _nucleus(scaled, rows.top_k, rows.top_p)
     noise = gumbel(rows.seed, draws, logits.size(-1))
     drawn = scaled.add_(noise).masked_fill_(~kept, -torch.inf).argmax(-1)

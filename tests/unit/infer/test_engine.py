@@ -1,4 +1,6 @@
 import random
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,43 @@ def test_memory_stays_flat(model):
     for seed in range(30):
         engine.generate([Request(prompt(5, seed), 3), Request(prompt(50, seed), 2, temperature=1.0)])
     assert storages() == before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_memory_stays_flat_over_ten_thousand_requests(tiny_model):
+    """Good and bad ones, greedy and sampled, with and without a shared prefix."""
+    model = tiny_model(depth=1)
+    engine = Engine(model, rows=64)
+
+    def thousand(seed: int) -> None:
+        requests = [Request(prompt(1 + i % 7, seed + i), 1 + i % 3, temperature=i % 2, seed=i) for i in range(990)]
+        engine.generate(requests + [Request([VOCAB], 1)] * 10)
+
+    thousand(0)
+    before = resident_bytes()
+    for batch in range(1, 10):
+        thousand(1000 * batch)
+    assert resident_bytes() - before < 16 * 2**20
+
+
+def test_a_freed_row_is_taken_by_the_next_request_at_once(model, monkeypatch):
+    """Ten short requests pass through one row while a long one keeps the other: no step is added for them."""
+    engine, steps = Engine(model, rows=2), []
+    run = engine.decoder.run
+    monkeypatch.setattr(engine.decoder, "run", lambda count, *rest: steps.append(count) or run(count, *rest))
+    engine.generate([Request(prompt(5), 41), *[Request(prompt(5, i), 4) for i in range(10)]])
+    assert sum(steps) == 40
+
+
+def test_samples_of_one_prompt_are_prefilled_once(model, monkeypatch):
+    engine, fed = Engine(model, rows=8), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: fed.append(tokens.numel()) or hidden(tokens, *rest))
+    engine.generate([Request(prompt(50), 1, temperature=1.0, samples=8)])
+    assert fed == [50]
 
 
 def test_a_wrong_position_is_noticed(model):

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.benchmark.chi_squared import chi_squared
-from nanochat.infer.sampling import RowSampling, Sampling, gumbel, sample
+from nanochat.infer.sampling import Kind, RowSampling, Sampling, gumbel, sample
 
 
 def draw(logits: torch.Tensor, settings: Sampling, draws: int) -> torch.Tensor:
@@ -90,4 +90,24 @@ def test_temperature_zero_is_greedy_and_nearly_zero_too():
     rows = RowSampling.of([Sampling(0.0, seed=i) for i in range(10)] + [Sampling(1e-5) for _ in range(10)], "cpu")
     draws = torch.zeros(20, dtype=torch.int64)
     assert torch.equal(sample(logits.clone(), rows, draws), logits.argmax(-1))
-    assert torch.equal(sample(logits.clone(), rows, draws, all_greedy=True), logits.argmax(-1))
+    assert torch.equal(sample(logits.clone(), rows, draws, Kind(greedy=True)), logits.argmax(-1))
+
+
+def test_a_step_does_only_what_some_row_asks_for():
+    assert Kind.of([Sampling(), Sampling(0.0, top_k=5)]) == Kind(greedy=True, cut=False, filtered=False)
+    assert Kind.of([Sampling(), Sampling(0.7)]) == Kind(greedy=False, cut=False, filtered=False)
+    assert Kind.of([Sampling(0.7, min_p=0.1)]) == Kind(greedy=False, cut=True, filtered=False)
+    assert Kind.of([Sampling(0.7, min_p=0.1), Sampling(0.7, top_p=0.9)]) == Kind(greedy=False, cut=True, filtered=True)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([Sampling(), Sampling(0.8), Sampling(1.1, 5), Sampling(0.5, 0, 0.7), Sampling(1, 0, 1, 0.2)]),
+        min_size=1,
+    )
+)
+def test_what_a_step_leaves_out_changes_nothing(rows):
+    logits = torch.randn(len(rows), 80, generator=torch.Generator().manual_seed(len(rows)))
+    draws, tensors = torch.arange(len(rows)), RowSampling.of(rows, "cpu")
+    assert torch.equal(sample(logits.clone(), tensors, draws, Kind.of(rows)), sample(logits.clone(), tensors, draws))

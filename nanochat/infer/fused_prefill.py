@@ -1,0 +1,91 @@
+"""Whole prompts at once, captured: the counterpart of `fused_step` for the first pass.
+
+Eagerly a pass over a short prompt takes the host far longer to launch than the GPU to run. Here prompts are padded to a few shapes,
+each of which is captured at its first use. Padding stands behind a prompt, where causal attention does not see it; keys and
+values go straight to the rows of the engine's cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.infer.decoder import Decoder, captured
+from nanochat.model.kernels import norm
+from nanochat.model.loss import softcapped_logits
+
+RELU_BLOCK = 1024
+
+
+class FusedPrefill:
+    """Computes prompts from their start into rows of the cache that a `FusedStep` decodes from."""
+
+    def __init__(self, decoder: Decoder):
+        """For the cache of this decoder; captured when its steps are."""
+        from nanochat.infer import prefill_kernels
+
+        self.kernels, self.step, self.logits, self.pool = prefill_kernels, decoder.fused, decoder.logits, decoder.pool
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], slots: list[int], width: int) -> Tensor:
+        """Last logits of the prompts (P, V) float32, in a buffer that the next pass overwrites.
+
+        slots  where each prompt's keys and values go
+        width  tokens that the prompts are padded to
+        """
+        count, graphs = len(prompts), self.pool is not None
+        if graphs:
+            count = min(len(self.logits), 1 << (count - 1).bit_length())
+        # A row of padding alone has no tokens to store; its logits are of nothing and read by nobody.
+        empty = [[0] * width + [0, 0]] * (count - len(prompts))
+        rows = [[*p, *[0] * (width - len(p)), len(p), slot] for p, slot in zip(prompts, slots, strict=True)] + empty
+        said = torch.tensor(rows, dtype=torch.int64)
+        if not graphs:
+            self._forward(said.to(self.logits.device))
+        else:
+            if (count, width) not in self.captured:
+                inputs = said.to(self.logits.device)
+                self.captured[count, width] = captured(lambda: self._forward(inputs), self.pool)[0], inputs
+            graph, inputs = self.captured[count, width]
+            inputs.copy_(said)
+            graph.replay()
+        return self.logits[: len(prompts)]
+
+    def _forward(self, inputs: Tensor) -> None:
+        """inputs (P, T + 2) int64: tokens, the prompt's length, its slot."""
+        step, config = self.step, self.step.config
+        tokens, lengths, slots = inputs[:, :-2], inputs[:, -2], inputs[:, -1]
+        count, width = tokens.shape
+        heads, kv_heads, head_dim = config.heads, config.kv_heads, step.head_dim
+        x = norm(F.embedding(tokens, step.embedding)).view(count * width, -1)  # (P T, C)
+        for layer, (qkv, out, up, down) in enumerate(step.layers):
+            projected = F.linear(norm(x), qkv)  # (P T, (H + 2 KV) D)
+            turned = x.new_empty(count, width, heads + kv_heads, head_dim)
+            self.kernels.turn[(width, count)](
+                projected,
+                turned,
+                step.cache.keys[layer],
+                step.cache.values[layer],
+                step.cos,
+                step.sin,
+                slots,
+                lengths,
+                inputs.stride(0),
+                width,
+                step.cache.length,
+                heads,
+                kv_heads,
+                head_dim,
+                1 << (heads + 2 * kv_heads - 1).bit_length(),
+            )
+            queries, keys = turned.transpose(1, 2).split((heads, kv_heads), dim=1)  # (P, H, T, D)
+            values = projected.view(count, width, -1, head_dim)[:, :, heads + kv_heads :].transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, enable_gqa=heads != kv_heads
+            )
+            x = torch.addmm(x, attended.transpose(1, 2).reshape(count * width, -1), out.T)
+            hidden = F.linear(norm(x), up)
+            self.kernels.squared_relu_[(-(-hidden.numel() // RELU_BLOCK),)](hidden, RELU_BLOCK, hidden.numel())
+            x = torch.addmm(x, hidden, down.T)
+        last = x.view(count, width, -1)[torch.arange(count, device=x.device), (lengths - 1).clamp_min(0)]
+        self.logits[:count] = softcapped_logits(norm(last), step.head, config.logit_softcap)

@@ -1,0 +1,281 @@
+"""The decode step as Triton kernels: which kernel runs on which buffers, with which tiles.
+
+`FusedStep` does what `decode.decode_step` does, for the same rows and cache, in 5 kernels a layer instead of about 12. It
+serves half precision on CUDA; everything else, and the check of it, is `decode_step`.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat.infer.decode import Rows
+from nanochat.infer.sampling import Kind, sample
+from nanochat.model.attention import KVCache
+from nanochat.model.gpt import GPT
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def unusable(model: GPT) -> str | None:
+    """Why the kernels do not serve this model, or None when they do."""
+    head_dim = model.config.width // model.config.heads
+    if model.device.type != "cuda":
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if model.compute_dtype not in HALF:
+        return f"products in {str(model.compute_dtype).removeprefix('torch.')}"
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"heads of {head_dim}: not a power of two of at least 16"
+    if model.config.width % 64:
+        return f"width {model.config.width}: not a multiple of 64"
+    return None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: (m, n, k) a program and step, `splits` of K, `stages` tiles in flight; 0: no tensor cores, the weights
+    held in registers, which is for few rows."""
+
+    m: int
+    n: int
+    k: int
+    splits: int = 1
+    stages: int = 0
+    warps: int = 4
+
+    def fitted(self, inner: int) -> "Tile":
+        """The same with the largest steps, and at most as many splits, that divide K = inner."""
+        splits = max(s for s in range(1, self.splits + 1) if inner % (s * 16) == 0)
+        k = self.k
+        while inner // splits % k:
+            k //= 2
+        return Tile(self.m, self.n, k, splits, self.stages, self.warps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of each product and of attention for some number of rows."""
+
+    qkv: Tile
+    out: Tile
+    up: Tile
+    down: Tile
+    head: Tile
+    positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
+    attention_warps: int
+    attention_early: bool  # fetch the first tile of keys before waiting for the queries
+
+
+def plan_for(rows: int) -> Plan:
+    """The fastest of those measured on an H100 at 12 x 768.
+
+    With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
+    stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
+    """
+    if rows <= 4:
+        m = _power_of_two(rows)
+        wide = Tile(m, 16, 256)
+        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, True)
+    if rows <= 16:
+        tile = Tile(16, 16, 256, stages=4)
+        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, False)
+    if rows <= 32:
+        tile, narrow = Tile(32, 16, 256, stages=4), Tile(16, 16, 256, stages=4)
+        return Plan(tile, narrow, tile, Tile(16, 16, 512, stages=4), Tile(32, 64, 128, stages=4), 64, 4, False)
+    tile, narrow = Tile(32, 32, 128, stages=4), Tile(32, 16, 128, stages=4)
+    down, head = Tile(64, 64, 128, splits=4, stages=3), Tile(128, 128, 64, stages=3, warps=8)
+    return Plan(tile, narrow, tile, down, head, 64, 2, False)
+
+
+class FusedStep:
+    """Weights and buffers of the kernels; called, it decodes one token in each of the first rows."""
+
+    def __init__(self, model: GPT, cache: KVCache, state: Rows):
+        """Copies the weights once when they are not in compute_dtype already: a model trained further needs a new one."""
+        from nanochat.infer import decode_kernels
+
+        self.kernels, self.config, self.cache, self.state = decode_kernels, model.config, cache, state
+        config, dtype, device = model.config, model.compute_dtype, model.device
+        self.width, self.head_dim = config.width, config.width // config.heads
+
+        def half(weight: Tensor) -> Tensor:
+            return weight.detach().to(dtype).contiguous()
+
+        self.embedding, self.head = half(model.embedding), half(model.head)
+        self.layers = [
+            tuple(half(linear.weight) for linear in (b.attention.qkv, b.attention.out, b.mlp.up, b.mlp.down))
+            for b in model.blocks
+        ]
+        # Rounded as the model rounds them: the keys that prefill stored were turned by these.
+        self.cos, self.sin = half(model.cos), half(model.sin)
+        on_gpu = device.type == "cuda"
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+        self.pdl = int(on_gpu and torch.cuda.get_device_capability(device) >= (9, 0))
+        self.capacity = rows = cache.rows
+
+        def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.x, self.qkv = buffer(rows, self.width), buffer(rows, self.layers[0][0].size(0))
+        self.attended, self.hidden = buffer(rows, self.width), buffer(rows, 4 * self.width)
+        self.squares = buffer(max(1, self.width // 4), rows, dtype=torch.float32)
+        self.best = buffer(rows * -(-config.vocab_size // 16), dtype=torch.float32)
+        self.index = buffer(self.best.numel(), dtype=torch.int32)
+        self.parts: dict[tuple, Tensor] = {}  # grown before a step is captured
+        self.buffer = buffer
+
+    def splits(self, rows: int, length: int) -> int:
+        """Into how many parts attention divides the filled positions, of which there are at most `length`: all that the
+        kernels need to know of it, enough parts to occupy the device and none shorter than 256."""
+        splits = 1
+        while 2 * splits * rows * self.config.kv_heads <= 2 * self.processors and length // (2 * splits) >= 256:
+            splits *= 2
+        return splits
+
+    def __call__(self, rows: int, splits: int, kind: Kind, plan: Plan | None = None) -> None:
+        """decode_step of the first `rows` rows."""
+        plan, state = plan or plan_for(rows), self.state.first(rows)
+        kernels, width = self.kernels, self.width
+        kernels.embed[(rows,)](
+            state.token, self.embedding, self.x, self.squares, state.column, width, _power_of_two(width), PDL=0
+        )
+        parts = 1
+        most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
+        for layer, (qkv, out, up, down) in enumerate(self.layers):
+            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, kernels.STORE, parts, most_parts)
+            self._attend(rows, splits, plan, layer)
+            parts = self._add(rows, plan.out, self.attended, out)
+            self._matmul(rows, plan.up, self.x, up, self.hidden, kernels.SQUARED_RELU, parts, most_parts)
+            parts = self._add(rows, plan.down, self.hidden, down)
+        given = None
+        if kind.cut:
+            logits = self._part("logits", self.capacity, self.config.vocab_size)
+            self._matmul(rows, plan.head, self.x, self.head, logits, kernels.LOGITS, parts, most_parts)
+            given = sample(logits[:rows], state.sampling, state.position + 1, kind)
+        else:
+            epilogue = kernels.ARGMAX if kind.greedy else kernels.DRAW
+            self._matmul(rows, plan.head, self.x, self.head, self.best, epilogue, parts, most_parts)
+        self._finish(state, rows, plan, given)
+
+    def _matmul(
+        self, rows: int, tile: Tile, x: Tensor, weight: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
+    ) -> None:
+        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed."""
+        outer, inner = weight.shape
+        tile = tile.fitted(inner)
+        blocks = -(-outer // tile.n)
+        sampling = self.state.sampling
+        self.kernels.matmul[(blocks, -(-rows // tile.m), tile.splits)](
+            x,
+            weight,
+            out,
+            self.index,
+            self.squares,
+            self.squares,
+            sampling.temperature,
+            sampling.seed,
+            self.state.position,
+            rows,
+            parts,
+            self.capacity,
+            blocks,
+            self.config.logit_softcap,
+            outer,
+            inner,
+            tile.m,
+            tile.n,
+            tile.k,
+            tile.splits,
+            tile.stages,
+            NORMED=parts > 0,
+            PARTS=most_parts,
+            EPILOGUE=epilogue.value,
+            **self._launch(tile.warps),
+        )
+
+    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
+        """The stream += x @ weight.T; returns how many parts the sums of squares have."""
+        tile = tile.fitted(weight.size(1))
+        if tile.splits == 1:
+            self._matmul(rows, tile, x, weight, self.x, self.kernels.ADD, 0, 1)
+            return -(-self.width // tile.n)
+        parts = self._part("down", tile.splits, self.capacity, self.width)
+        self._matmul(rows, tile, x, weight, parts, self.kernels.PART, 0, 1)
+        block = _power_of_two(self.width)
+        self.kernels.add_parts[(rows,)](
+            self.x, parts, self.squares, self.capacity, self.width, tile.splits, block, **self._launch(4)
+        )
+        return 1
+
+    def _attend(self, rows: int, splits: int, plan: Plan, layer: int) -> None:
+        """self.attended from self.qkv and the cache, into which the new keys and values go."""
+        config, state = self.config, self.state
+        out, stats = self.attended, self.squares
+        if splits > 1:
+            out = self._part("attention", splits, self.capacity, self.width)
+            stats = self._part("stats", splits, self.capacity, config.heads, 2)
+        self.kernels.attend[(rows, config.kv_heads, splits)](
+            self.qkv,
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            out,
+            stats,
+            self.cos,
+            self.sin,
+            state.position,
+            state.running,
+            self.cache.length,
+            self.capacity,
+            config.heads,
+            config.kv_heads,
+            self.head_dim,
+            max(16, _power_of_two(config.heads // config.kv_heads)),
+            max(16, plan.positions * 64 // max(64, self.head_dim)),
+            splits,
+            EARLY=plan.attention_early,
+            **self._launch(plan.attention_warps),
+        )
+        if splits > 1:
+            self.kernels.merge[(rows, config.heads)](
+                out, stats, self.attended, self.capacity, config.heads, self.head_dim, splits, **self._launch(1)
+            )
+
+    def _finish(self, state: Rows, rows: int, plan: Plan, given: Tensor | None) -> None:
+        blocks = -(-self.config.vocab_size // plan.head.n)
+        self.kernels.finish[(rows,)](
+            self.best,
+            self.index,
+            self.index if given is None else given,
+            state.token,
+            state.position,
+            state.remaining,
+            state.running,
+            state.stops,
+            state.drawn,
+            state.column,
+            blocks,
+            state.drawn.stride(0),
+            state.stops.size(1),
+            _power_of_two(state.stops.size(1)),
+            _power_of_two(blocks),
+            GIVEN=given is not None,
+            **self._launch(4),
+        )
+
+    def _launch(self, warps: int) -> dict:
+        """Launch options; the kernels' own switch and the launcher's go together."""
+        return {"num_warps": warps, "PDL": self.pdl} | ({"launch_pdl": True} if self.pdl else {})
+
+    def _part(self, name: str, *shape: int) -> Tensor:
+        """A float32 buffer that only some plans need, allocated at its first use (before a capture: the step is run first)."""
+        if (name, *shape) not in self.parts:
+            self.parts[name, *shape] = self.buffer(*shape, dtype=torch.float32)
+        return self.parts[name, *shape]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is at least `number`."""
+    return 1 << (number - 1).bit_length()
