@@ -1,6 +1,8 @@
 """Before/after measurements on this machine.
 
 training     a training step as the study did it, then with each thing added that the trainer does
+compile      what compiling a training step costs, cold and with a warm cache, and gives
+batch_size   speed, memory and utilisation over the rows of a micro-batch, and whether the plan's choice is the best one
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
 first_token  do several samples of one prompt draw their first token independently?
 
@@ -13,7 +15,9 @@ training --out DIR`.
 """
 
 import argparse
+import operator
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,25 +25,27 @@ from pathlib import Path
 import torch
 
 from nanochat import hardware
-from nanochat.benchmark import first_token, kv_cache, roofline, training
+from nanochat.benchmark import batch_size, compile, first_token, kv_cache, roofline, serving, training
+from nanochat.benchmark.models import random_model
 from nanochat.config import Benchmark, BenchmarkSettings, Model
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
 from nanochat.files import read_json, read_settings, write_json
 from nanochat.infer.engine import Engine
 from nanochat.model.files import load_model
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "kv_cache", "first_token")
+NAMES = ("training", "compile", "batch_size", "kv_cache", "first_token")
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
+RANDOM_CONVERSATIONS = "random tokens of usual lengths"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=NAMES, help="which measurement")
+    parser.add_argument("name", choices=NAMES, type=lambda name: name.replace("-", "_"), help="which measurement")
     parser.add_argument(
         "--config", help="settings of this stage (JSON); default: the study's shape, on a CPU a tiny one"
     )
@@ -53,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.name == "batch_size":
+        return run_batch_size(arguments)
     device = hardware.pick_device(None)
     if arguments.config:
         settings = read_settings(arguments.config, BenchmarkSettings)
@@ -60,14 +68,19 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         settings = default_settings(device)
     started = time.monotonic()
-    compile = wants_compile(settings.compile, device)
-    notes: list[str] = []
-    if compile and (reason := compiler_fails(device)):
-        compile = False
+    compiles = wants_compile(settings.compile, device)
+    notes = [] if compiles else ["not compiled: the settings say so, or this is a CPU"]
+    if compiles and (reason := compiler_fails(device)):
+        compiles = False
         notes.append(f"not compiled: {reason}")
-    measurement = {"training": run_training, "kv_cache": run_kv_cache, "first_token": run_first_token}[arguments.name]
+    measurement = {
+        "training": run_training,
+        "compile": run_compile,
+        "kv_cache": run_kv_cache,
+        "first_token": run_first_token,
+    }[arguments.name]
     torch.manual_seed(settings.seed)
-    rows, facts = measurement(settings, device, compile, arguments)
+    rows, facts = measurement(settings, device, compiles, arguments)
     write_json(
         Path(arguments.out) / f"{arguments.name}.json",
         {
@@ -87,31 +100,67 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"benchmark {arguments.name}", f"wrote {Path(arguments.out) / f'{arguments.name}.json'}")
 
 
+def run_batch_size(arguments: argparse.Namespace) -> None:
+    """Write batch_size.json. This process stays off the GPU: it belongs to the probes."""
+    started, gpus = time.monotonic(), hardware.visible_gpus()
+    if arguments.config:
+        settings = read_settings(arguments.config, BenchmarkSettings)
+        if settings.benchmark.gpus and not gpus:
+            raise hardware.no_gpu(settings.benchmark.gpus)
+        gpus = gpus if settings.benchmark.gpus else []
+    else:
+        settings = default_settings(torch.device("cuda" if gpus else "cpu"))
+    compiles = settings.compile == "on" or (settings.compile == "auto" and bool(gpus))
+    rows, facts = batch_size.measure(settings, gpus[0] if gpus else None, arguments.plan, compiles)
+    path = Path(arguments.out) / "batch_size.json"
+    content = {
+        "name": "batch_size",
+        "device": gpus[0].name if gpus else hardware.cpu_name(),
+        "gpus": 1 if gpus else 0,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": "nanochat " + " ".join(sys.argv[1:]),
+        "seconds": time.monotonic() - started,
+        **facts,
+        "rows": rows,
+    }
+    write_json(path, content)
+    say("benchmark batch_size", f"wrote {path}")
+
+
 def run_training(
-    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
 ) -> tuple[list[dict], dict]:
     """Rows and facts of training.json."""
-    if arguments.conversations:
-        conversations, pad_id = training.load_conversations(arguments.conversations)
-    else:
-        conversations, pad_id = (
-            training.synthetic_conversations(settings.vocab_size, settings.sequence_length, settings.seed),
-            0,
-        )
-    plan = None
-    if arguments.plan:
-        plan = read_json(arguments.plan).get("device_batch_size")
-        if not isinstance(plan, int) or plan < 1:
-            raise UserError(f"{arguments.plan}: device_batch_size = {plan}: must be 1 or more. Run its stage again.")
+    conversations, pad_id = training.conversations_of(settings, arguments.conversations)
+    plan = rows_of_the_plan(arguments)
     model = training_model(settings, device, arguments)
     rows = training.measure(
-        model, conversations, settings.sequence_length, settings.benchmark.steps, plan, compile, pad_id
+        model, conversations, settings.sequence_length, settings.benchmark.steps, plan, compiles, pad_id
     )
-    return rows, {"conversations": arguments.conversations or "random tokens of usual lengths"}
+    return rows, {"conversations": arguments.conversations or RANDOM_CONVERSATIONS}
+
+
+def run_compile(
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
+) -> tuple[list[dict], dict]:
+    """Rows and facts of compile.json."""
+    rows = compile.measure(settings, device, rows_of_the_plan(arguments), compiles, arguments.conversations)
+    return rows, {"conversations": arguments.conversations or RANDOM_CONVERSATIONS}
+
+
+def rows_of_the_plan(arguments: argparse.Namespace) -> int | None:
+    """device_batch_size of the given plan."""
+    if not arguments.plan:
+        return None
+    plan = read_json(arguments.plan).get("device_batch_size")
+    if not isinstance(plan, int) or plan < 1:
+        raise UserError(f"{arguments.plan}: device_batch_size = {plan}: must be 1 or more. Run its stage again.")
+    return plan
 
 
 def run_kv_cache(
-    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
 ) -> tuple[list[dict], dict]:
     """Rows and facts of kv_cache.json."""
     own = settings.benchmark
@@ -134,11 +183,31 @@ def run_kv_cache(
         "matmul_flops_per_second": rates.matmul_flops_per_second,
         "weight_bytes": roofline.weight_bytes(model),
     }
-    return kv_cache.measure(model, own, prompts, rates, compile), facts
+    rows = kv_cache.measure(model, own, prompts, rates, compiles)
+    lengths = own.prompt_tokens, own.new_tokens
+    best = [row for row in rows if row["case"] == "cache_graph" and row["tokens_per_second"]]
+    reached = (
+        statistics.median(row["tokens_per_second"] / row["predicted_tokens_per_second"] for row in best)
+        if best
+        else 1.0
+    )
+    facts |= {
+        "theory": roofline.operations(*lengths)
+        | {
+            "roofline_speedup": {
+                size: operator.truediv(*roofline.generation_seconds(model, size, *lengths, rates))
+                for size in own.batch_sizes
+            }
+        },
+        "projections": roofline.projections(model, own.batch_sizes, *lengths, reached),
+    }
+    if device.type == "cuda":
+        facts |= serving.measure(model, rates, settings.seed)
+    return rows, facts
 
 
 def run_first_token(
-    settings: BenchmarkSettings, device: torch.device, compile: bool, arguments: argparse.Namespace
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
 ) -> tuple[list[dict], dict]:
     """Rows and facts of first_token.json."""
     model = decoding_model(settings, device, arguments)
@@ -185,17 +254,6 @@ def decoding_model(settings: BenchmarkSettings, device: torch.device, arguments:
         parameter.data = parameter.data.to(device=device, dtype=dtype)
         parameter.requires_grad_(False)
     return model.to(device).eval()
-
-
-def random_model(settings: BenchmarkSettings) -> GPT:
-    """Random weights in every matrix: with the real start all blocks add nothing and all tokens are equally probable."""
-    model = GPT(GPTConfig.from_settings(settings.model, settings.vocab_size, settings.sequence_length))
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = {"embedding": 1.0, "head": 3 * model.config.width**-0.5}.get(name, parameter.size(1) ** -0.5)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
-    return model
 
 
 def compiler_fails(device: torch.device) -> str | None:

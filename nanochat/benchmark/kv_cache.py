@@ -1,20 +1,25 @@
 """Decoding with and without a cache of keys and values, over batch sizes.
 
 recompute_eager     the study's "without": every new token runs the whole row through the model again
-recompute_compiled  the same, compiled once for all lengths
-cache_eager         the engine, its steps launched kernel by kernel
-cache_graph         the engine as it runs on a GPU: steps captured in a CUDA graph, kernels fused where a compiler works
+recompute_compiled  the same with compiled blocks
+cache_eager         the engine with torch's operations, its steps launched kernel by kernel
+cache_graph         the engine as it runs on a GPU: its kernels, captured in CUDA graphs
+transformers_...    other libraries, see `peers`
 
 `outputs_equal` holds each case's greedy tokens against a single causal pass over them: what recomputation would have chosen
 at every place. `floor_fraction` is the time that reading the matmul weights once and the filled cache takes at the measured
 copy bandwidth, over the time of a step.
 """
 
+import gc
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from nanochat.benchmark import peers
 from nanochat.benchmark.roofline import Rates, cached_step, recomputed_step, weight_bytes
 from nanochat.benchmark.timing import repeat, seconds_of, spread
 from nanochat.config import Benchmark
@@ -29,35 +34,88 @@ from nanochat.progress import say
 # are 1/16 apart, and the hidden state that they come from was rounded in every layer.
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 # Lengths at which recomputation is timed: all of them would be the square of the others' time.
-TIMED_LENGTHS = 8
+TIMED_LENGTHS = 4
+# Steps of a launch-bound case that are timed, around the middle of the generation.
+TIMED_STEPS = 16
+CHECKED_ROWS = 16  # whose tokens are held against a full pass
 MEASURED = ("tokens_per_second", "ms_per_step", "floor_fraction", "outputs_equal", "predicted_tokens_per_second")
-BUDGET_SECONDS = {"cuda": 10.0, "cpu": 1.5}  # of one case at one batch size
+BUDGET_SECONDS = {"cuda": 5.0, "cpu": 1.5}  # of the repetitions of one case at one batch size
+OWN_CASES = ("recompute_eager", "cache_eager", "cache_graph")
+CASE_SECONDS = 60.0  # of one case over all batch sizes; sizes that it does not reach are marked as not run
+
+Run = Callable[[list[list[int]]], dict]
 
 
 def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, compile: bool) -> list[dict]:
     """The rows of benchmark/kv_cache.json; `prompts` holds at least as many as the largest batch size."""
-    cases: dict[str, Callable[[list[list[int]]], dict]] = {}
-    cases["recompute_eager"] = lambda batch: _recompute_row(last_choice, model, batch, settings, rates)
+    on_gpu = model.device.type == "cuda"
+    cases: dict[str, Run] = {}
+    cases["recompute_eager"] = lambda batch: _recompute_row(model, batch, settings, rates)
     if compile:
-        compiled = torch.compile(last_choice, dynamic=True)
-        cases["recompute_compiled"] = lambda batch: _recompute_row(compiled, model, batch, settings, rates)
-    cases["cache_eager"] = lambda batch: _cache_row(model, batch, settings, rates, graphs=False, compile=False)
-    if model.device.type == "cuda":
-        cases["cache_graph"] = lambda batch: _cache_row(model, batch, settings, rates, graphs=True, compile=compile)
-    rows = []
-    for batch_size in settings.batch_sizes:
-        rates_here = []
-        for case, run in cases.items():
-            head = {"case": case, "batch_size": batch_size}
-            try:
-                rows.append(head | run(prompts[:batch_size]))
-            except (UserError, torch.OutOfMemoryError) as error:
-                # One size that does not fit leaves the others their measurement.
-                rows.append(head | dict.fromkeys(MEASURED) | {"skipped": str(error).splitlines()[0]})
+        cases["recompute_compiled"] = lambda batch: _recompute_row(model, batch, settings, rates)
+    cases["cache_eager"] = lambda batch: _stepwise_row(model, batch, settings, rates)
+    if on_gpu:
+        cases["cache_graph"] = lambda batch: _whole_row(model, batch, settings, rates)
+    rows: list[dict] = []
+    for case, run in cases.items():
+        with compiled_blocks(model) if case == "recompute_compiled" else _nothing():
+            rows += _over_sizes(case, run, settings, prompts)
+    if on_gpu:
+        for case, run in peers.cases(model, settings.new_tokens).items():
+            if isinstance(run, str):
+                rows.append({"case": case, "batch_size": None, "skipped": run} | dict.fromkeys(MEASURED))
+                say("benchmark kv_cache", f"{case}: {run}")
                 continue
-            rates_here.append(f"{case} {rows[-1]['tokens_per_second']:,.0f}")
-        say("benchmark kv_cache", f"{batch_size} rows: tokens/s " + ", ".join(rates_here))
+            rows += _over_sizes(
+                case, lambda batch, run=run: _peer_row(run, model, batch, settings, rates), settings, prompts
+            )
+    order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    return sorted(rows, key=lambda row: (row["batch_size"] or 0, order[row["case"]]))
+
+
+def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int]]) -> list[dict]:
+    """One case at each batch size, until its time is used up."""
+    rows, told, started = [], [], time.monotonic()
+    for batch_size in settings.batch_sizes:
+        head = {"case": case, "batch_size": batch_size}
+        gc.collect()
+        try:
+            if (spent := time.monotonic() - started) > CASE_SECONDS:
+                raise UserError(
+                    f"not run: the smaller sizes took {spent:.0f} s of the {CASE_SECONDS:.0f} s of this case"
+                )
+            rows.append(head | run(prompts[:batch_size]))
+        except Exception as error:
+            # A size that does not fit, or another library that fails, leaves the others their measurement. A fault of this package
+            # is no such thing.
+            if case in OWN_CASES and not isinstance(error, UserError | torch.OutOfMemoryError):
+                raise
+            rows.append(
+                head | dict.fromkeys(MEASURED) | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            )
+            continue
+        told.append(f"{batch_size}: {rows[-1]['tokens_per_second']:,.0f}")
+    say("benchmark kv_cache", f"{case}, tokens/s at rows " + ", ".join(told))
     return rows
+
+
+@contextmanager
+def compiled_blocks(model: GPT) -> Iterator[None]:
+    """Blocks compiled while this lasts: all of them share one compilation, and so do all rows and lengths but a single row."""
+    # Sizes that change are made variable at their second value; the limit is for the few shapes that are not.
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            block._compiled_call_impl = None
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
 @torch.no_grad()
@@ -66,18 +124,19 @@ def last_choice(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, last_only=True)[:, -1].argmax(-1)
 
 
-def _recompute_row(step, model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
+def _recompute_row(model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
     """Timed at some lengths between the first and the last; a step costs their mean."""
     first, count = len(prompts[0]), min(TIMED_LENGTHS, settings.new_tokens)
     lengths = [first + round(i * (settings.new_tokens - 1) / max(1, count - 1)) for i in range(count)]
     budget = BUDGET_SECONDS[model.device.type] / count
     medians, spreads = [], []
-    for length in lengths:
-        tokens = torch.tensor(prompts, device=model.device)
-        tokens = torch.cat([tokens, tokens.new_zeros(len(prompts), length - first)], dim=1)
-        seconds = repeat(lambda tokens=tokens: step(model, tokens), model.device, 5, budget)
-        medians.append(statistics.median(seconds))
-        spreads.append(spread(seconds))
+    with GpuUtilization(model.device, every_seconds=0.02) as utilization:
+        for length in lengths:
+            tokens = torch.tensor(prompts, device=model.device)
+            tokens = torch.cat([tokens, tokens.new_zeros(len(prompts), length - first)], dim=1)
+            seconds = repeat(lambda tokens=tokens: last_choice(model, tokens), model.device, 5, budget)
+            medians.append(statistics.median(seconds))
+            spreads.append(spread(seconds))
     step_seconds = statistics.mean(medians)
     predicted = statistics.mean(recomputed_step(model, len(prompts), length).seconds(rates) for length in lengths)
     return {
@@ -90,56 +149,92 @@ def _recompute_row(step, model: GPT, prompts: list[list[int]], settings: Benchma
         "predicted_tokens_per_second": len(prompts) / predicted,
         "spread": statistics.median(spreads),
         "timed_lengths": count,
-        "gpu_utilization": None,
+        "gpu_utilization": utilization.mean,
     }
 
 
-def _cache_row(
+def _stepwise_row(model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
+    """Prefill and some steps around the middle are timed: launched one by one, all of them would take minutes."""
+    new, device = settings.new_tokens, model.device
+    steps = min(TIMED_STEPS, new - 1)
+    engine = Engine(model, rows=len(prompts), length=len(prompts[0]) + new, graphs=False, kernels=False)
+    engine.burst = steps
+    middle = [prompt + prompt[:1] * ((new - steps) // 2) for prompt in prompts]
+    short, long = [Request(prompt, 1) for prompt in middle], [Request(prompt, 1 + steps) for prompt in middle]
+    budget = BUDGET_SECONDS[device.type] / 3
+    whole_prompts = [Request(prompt, 1) for prompt in prompts]
+    prefill = statistics.median(repeat(lambda: engine.generate(whole_prompts), device, 3, budget))
+    begun = statistics.median(repeat(lambda: engine.generate(short), device, 3, budget))
+    with GpuUtilization(device, every_seconds=0.02) as utilization:
+        seconds = repeat(lambda: engine.generate(long), device, 3, budget)
+    step_seconds = max(statistics.median(seconds) - begun, 1e-9) / steps
+    ids = [completion.ids for completion in engine.generate(long)]
+    timing = {
+        "timed_steps": steps,
+        "spread": spread(seconds),
+        "prefill_ms": 1000 * prefill,
+        "gpu_utilization": utilization.mean,
+    }
+    return (
+        _cached(model, prompts, settings, rates, prefill + (new - 1) * step_seconds, step_seconds, middle, ids) | timing
+    )
+
+
+def _whole_row(model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
+    """The whole generation is timed, prefill included; a step costs what is left of it without the prefill."""
+    new, device = settings.new_tokens, model.device
+    engine = Engine(model, rows=len(prompts), length=len(prompts[0]) + new)
+    requests, first = [Request(prompt, new) for prompt in prompts], [Request(prompt, 1) for prompt in prompts]
+    captured = seconds_of(lambda: engine.generate(requests), device)
+    ids = [completion.ids for completion in engine.generate(requests)]
+    budget = BUDGET_SECONDS[device.type]
+    with GpuUtilization(device, every_seconds=0.02) as utilization:
+        seconds = repeat(lambda: engine.generate(requests), device, 10, budget, warmup=0)
+    prefill = statistics.median(repeat(lambda: engine.generate(first), device, 5, budget))
+    total = statistics.median(seconds)
+    timing = {
+        "spread": spread(seconds),
+        "prefill_ms": 1000 * prefill,
+        "first_run_seconds": captured,
+        "gpu_utilization": utilization.mean,
+    }
+    return _cached(model, prompts, settings, rates, total, (total - prefill) / max(1, new - 1), prompts, ids) | timing
+
+
+def _peer_row(run: peers.Run, model: GPT, prompts: list[list[int]], settings: Benchmark, rates: Rates) -> dict:
+    """Another library's generation, prefill included. Its weights are its own, so there are no outputs to compare."""
+    new = settings.new_tokens
+    with GpuUtilization(model.device, every_seconds=0.02) as utilization:
+        seconds = repeat(lambda: run(prompts), model.device, 3, BUDGET_SECONDS[model.device.type])
+    total = statistics.median(seconds)
+    row = _cached(model, prompts, settings, rates, total, total / new, [], [])
+    timing = {"spread": spread(seconds), "gpu_utilization": utilization.mean}
+    return row | dict.fromkeys(("outputs_equal", "first_difference", "within_tolerance")) | timing
+
+
+def _cached(
     model: GPT,
     prompts: list[list[int]],
     settings: Benchmark,
     rates: Rates,
-    graphs: bool,
-    compile: bool,
+    total: float,
+    step: float,
+    continued: list[list[int]],
+    ids: list[list[int]],
 ) -> dict:
-    """The whole generation is timed, prefill included; a step costs what is left of it without the prefill."""
-    new = settings.new_tokens
-    length = len(prompts[0]) + new
-    # Compiled, one bucket is enough: each costs a compilation.
-    engine = Engine(
-        model,
-        rows=len(prompts),
-        length=length,
-        graphs=graphs,
-        compile=compile,
-        shortest_bucket=length if compile else 64,
-    )
-    requests = [Request(prompt, new) for prompt in prompts]
-    budget = BUDGET_SECONDS[model.device.type]
-    compile_seconds = seconds_of(lambda: engine.generate(requests), model.device)
-    completions = engine.generate(requests)
-    with GpuUtilization(model.device, every_seconds=0.02) as utilization:
-        seconds = repeat(lambda: engine.generate(requests), model.device, 5, budget, warmup=0)
-    first = [Request(prompt, 1) for prompt in prompts]
-    prefill = statistics.median(repeat(lambda: engine.generate(first), model.device, 3, budget))
-    total = statistics.median(seconds)
-    step_seconds = (total - prefill) / max(1, new - 1)
-    cost = cached_step(model, len(prompts), len(prompts[0]) + new / 2)
-    predicted = recomputed_step(model, len(prompts), len(prompts[0])).seconds(rates) + (new - 1) * cost.seconds(rates)
-    difference = first_difference(model, prompts, [completion.ids for completion in completions])
+    """What a row with a cache says, from the seconds of a generation and of a step, and `ids` that continue `continued`."""
+    new, rows = settings.new_tokens, len(prompts)
+    cost = cached_step(model, rows, len(prompts[0]) + new / 2)
+    predicted = recomputed_step(model, rows, len(prompts[0])).seconds(rates) + (new - 1) * cost.seconds(rates)
+    difference = first_difference(model, continued[:CHECKED_ROWS], ids[:CHECKED_ROWS])
     return {
-        "tokens_per_second": len(prompts) * new / total,
-        "ms_per_step": 1000 * step_seconds,
-        "floor_fraction": cost.bytes / rates.copy_bytes_per_second / step_seconds if step_seconds > 0 else None,
+        "tokens_per_second": rows * new / total,
+        "ms_per_step": 1000 * step,
+        "floor_fraction": cost.bytes / rates.copy_bytes_per_second / step if step > 0 else None,
         "outputs_equal": difference is None,
         "first_difference": difference,
         "within_tolerance": difference is None or difference["margin"] <= LOGIT_TOLERANCE[model.compute_dtype],
-        "predicted_tokens_per_second": len(prompts) * new / predicted,
-        "spread": spread(seconds),
-        "prefill_ms": 1000 * prefill,
-        "first_run_seconds": compile_seconds,
-        "compile": compile,
-        "gpu_utilization": utilization.mean,
+        "predicted_tokens_per_second": rows * new / predicted,
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanochat import hardware
 from nanochat.benchmark.timing import repeat
 from nanochat.infer.capacity import row_bytes
 from nanochat.model.gpt import GPT
@@ -66,3 +67,58 @@ def recomputed_step(model: GPT, rows: int, length: float) -> DecodeCost:
     blocks = 2 * (model.matmul_parameters() - head) * length
     attention = 4 * config.depth * config.width * length * length / 2  # the causal half
     return DecodeCost(weight_bytes(model), rows * (blocks + attention + 2 * head))
+
+
+# Memory bandwidth in bytes/s from the vendors' data sheets, for projections; the peaks are those of `hardware`.
+PROJECTED = {
+    "A100 80GB SXM": ("A100", 2.039e12),
+    "V100 SXM2": ("V100", 0.9e12),
+    "T4": ("T4", 0.32e12),
+    "RTX 4090": ("RTX 4090", 1.008e12),
+}
+
+
+def operations(prompt_tokens: int, new_tokens: int) -> dict:
+    """Tokens that go through the model for one row, without and with a cache, and what their ratio is not.
+
+    For 50 and 200 it is 119.6: the speed-up that a cache would give if time were proportional to operations. A step with a cache
+    has so few of them that it is bound by the bytes it reads, so a measured speed-up over this ratio is no efficiency.
+    """
+    without = sum(range(prompt_tokens, prompt_tokens + new_tokens))
+    with_cache = prompt_tokens + new_tokens
+    return {
+        "token_passes_without_cache": without,
+        "token_passes_with_cache": with_cache,
+        "ratio_of_operations": without / with_cache,
+    }
+
+
+def generation_seconds(model: GPT, rows: int, prompt_tokens: int, new_tokens: int, rates: Rates) -> tuple[float, float]:
+    """The roofline's time for all new tokens (without a cache, with one)."""
+    lengths = range(prompt_tokens, prompt_tokens + new_tokens)
+    without = sum(recomputed_step(model, rows, length).seconds(rates) for length in lengths)
+    cached = sum(cached_step(model, rows, length).seconds(rates) for length in lengths[1:])
+    return without, recomputed_step(model, rows, prompt_tokens).seconds(rates) + cached
+
+
+def projections(model: GPT, batch_sizes: list[int], prompt_tokens: int, new_tokens: int, reached: float) -> list[dict]:
+    """Tokens per second on devices that were not measured: the roofline of their data sheets, times the fraction `reached` here.
+
+    Projections and nothing more: they assume that the same fraction is reached there.
+    """
+    rows = []
+    for name, (key, bandwidth) in PROJECTED.items():
+        flops = hardware.peak_flops(key, model.compute_dtype)
+        for size in batch_sizes:
+            without, cached = generation_seconds(model, size, prompt_tokens, new_tokens, Rates(bandwidth, flops))
+            rows.append(
+                {
+                    "projection": True,
+                    "device": name,
+                    "batch_size": size,
+                    "roofline_tokens_per_second": size * new_tokens / cached,
+                    "projected_tokens_per_second": reached * size * new_tokens / cached,
+                    "roofline_speedup_of_the_cache": without / cached,
+                }
+            )
+    return rows

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.benchmark import kv_cache, roofline, training
-from nanochat.benchmark.command import default_settings, random_model
+from nanochat.benchmark import compile, kv_cache, peers, roofline, serving, training
+from nanochat.benchmark.command import compiler_fails, default_settings
+from nanochat.benchmark.models import random_model
 from nanochat.benchmark.timing import spread
 from nanochat.cli import main
 from nanochat.config import Benchmark, BenchmarkSettings, Model
@@ -23,8 +24,12 @@ TINY = BenchmarkSettings(
 )
 HEADER = {"name", "device", "gpus", "torch", "commit", "command", "rows"}
 COLUMNS = {
-    "training": "case depth device_batch_size sequence_length vocab_size compile tokens_per_second real_tokens_per_second "
-    "mfu peak_memory_bytes spread",
+    "training": "case stage depth device_batch_size sequence_length vocab_size compile tokens_per_second "
+    "real_tokens_per_second mfu peak_memory_bytes compile_seconds spread",
+    "compile": "case stage depth device_batch_size sequence_length vocab_size compile tokens_per_second "
+    "real_tokens_per_second mfu peak_memory_bytes compile_seconds spread",
+    "batch_size": "case depth device_batch_size sequence_length vocab_size compile tokens_per_second real_tokens_per_second "
+    "mfu peak_memory_bytes spread gpu_utilization used_bytes",
     "kv_cache": "case batch_size tokens_per_second ms_per_step floor_fraction outputs_equal predicted_tokens_per_second",
     "first_token": "case samples distinct chi2 p_value",
 }
@@ -60,6 +65,22 @@ def test_the_file_keeps_the_contract(name, written):
         assert row.keys() >= set(COLUMNS[name].split())
 
 
+def test_the_sweep_says_how_good_the_plan_is(tmp_path):
+    plan = {"device_batch_size": 2, "tokens_per_step": 6 * 64, "gpus": 0}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "config.json").write_text(TINY.model_dump_json())
+    where = ["--config", str(tmp_path / "config.json"), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path)]
+    assert main(["benchmark", "batch-size", *where]) == 0
+    content = json.loads((tmp_path / "batch_size.json").read_text())
+    speeds = {row["device_batch_size"]: row["tokens_per_second"] for row in content["rows"] if row["case"] == "curve"}
+    assert set(speeds) == {2, 3, 4, 6}
+    del speeds[4]  # no divisor of six: no training would use it
+    assert content["choice"] == 2
+    assert content["choice_over_fastest"] == pytest.approx(speeds[2] / max(speeds.values()))
+    found = {row["case"]: row["device_batch_size"] for row in content["rows"] if row["case"] != "curve"}
+    assert found == {"base_default": 6, "sft_default": 4, "base_found": 2}
+
+
 def test_the_cache_gives_what_recomputation_gives(written):
     rows = written["kv_cache"]["rows"]
     assert [(row["case"], row["batch_size"]) for row in rows] == [
@@ -76,14 +97,19 @@ def test_the_bug_is_told_from_the_engine(written):
 
 
 def test_training_uses_the_size_of_the_plan(tmp_path):
-    (tmp_path / "plan.json").write_text('{"device_batch_size": 8}')
+    (tmp_path / "plan.json").write_text('{"device_batch_size": 16}')
     rows = measure("training", tmp_path, "--plan", str(tmp_path / "plan.json"))["rows"]
-    assert [(row["case"], row["device_batch_size"], row["grad_accum_steps"]) for row in rows] == [
-        ("eager_small_batch", 4, 2),
-        ("plan_batch_size", 8, 1),
-        ("packed_rows", 8, 1),
+    assert [(row["stage"], row["case"], row["device_batch_size"], row["grad_accum_steps"]) for row in rows] == [
+        ("base", "study", 8, 2),
+        ("base", "loss_in_slices", 8, 2),
+        ("base", "plan_batch_size", 16, 1),
+        ("sft", "study", 4, 4),
+        ("sft", "loss_in_slices", 4, 4),
+        ("sft", "plan_batch_size", 16, 1),
+        ("sft", "packed_rows", 16, 1),
     ]
-    assert rows[2]["padding_fraction"] < rows[0]["padding_fraction"]
+    assert rows[0]["padding_fraction"] == 0
+    assert rows[-1]["padding_fraction"] < rows[-2]["padding_fraction"]
 
 
 def test_a_plan_without_a_size_is_named(tmp_path, capsys):
@@ -116,6 +142,32 @@ def test_a_wrong_token_is_found_and_placed():
     found = kv_cache.first_difference(model, prompts, generated)
     assert (found["row"], found["position"]) == (1, 4)
     assert found["margin"] > 0
+
+
+@pytest.mark.slow
+def test_compiling_is_measured_by_processes_of_their_own():
+    """The second finds in the compilers' caches what the first has left there."""
+    if compiler_fails(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    task = {"device": "cpu", "settings": TINY.model_dump(mode="json"), "folder": None, "stage": "training"}
+    eager, compiled = compile.before_and_after(task | {"rows": 2, "rows_per_step": 2, "kernels": []})
+    assert (eager["case"], compiled["case"]) == ("eager", "compiled")
+    assert 0 < compiled["compile_warm_seconds"] < compiled["compile_seconds"]
+
+
+def test_the_cases_of_a_step_have_one_loss_and_gradient():
+    """What is measured in different ways is the same work."""
+    model = random_model(TINY)
+    conversations = training.synthetic_conversations(256, 64, seed=0, count=40)
+    text = training.Rows.of_one_text(conversations, 64)
+    norms = {}
+    for case in training.cases(model, conversations, text, plan=8, compile=False, pad_id=0):
+        if case.stage == "base":
+            step = training.TrainingStep(model, case)
+            step()
+            norms[case.name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for gradient in norms.values():
+        torch.testing.assert_close(gradient, norms["study"], rtol=1e-3, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
@@ -151,3 +203,60 @@ def test_without_settings_a_gpu_gets_the_shape_of_the_study():
     model = settings.model.resolved()
     assert (model.depth, model.width, model.heads, settings.vocab_size) == (12, 768, 12, 65_536)
     assert default_settings(torch.device("cpu")).model.depth < 6
+
+
+def test_the_study_s_ratio_is_one_of_operations():
+    """29,900 tokens through the model without a cache, 250 with one: 119.6."""
+    assert roofline.operations(50, 200)["ratio_of_operations"] == pytest.approx(119.6)
+
+
+def test_projections_say_what_they_are_and_order_devices_by_bandwidth():
+    model = random_model(TINY)
+    rows = roofline.projections(model, [1], 8, 12, reached=0.5)
+    assert all(row["projection"] for row in rows)
+    speed = {row["device"]: row["projected_tokens_per_second"] for row in rows}
+    assert speed["A100 80GB SXM"] > speed["RTX 4090"] > speed["V100 SXM2"] > speed["T4"] > 0
+    assert rows[0]["roofline_tokens_per_second"] == pytest.approx(2 * rows[0]["projected_tokens_per_second"])
+
+
+def test_a_case_that_used_up_its_time_marks_the_sizes_it_did_not_run(monkeypatch):
+    monkeypatch.setattr(kv_cache, "CASE_SECONDS", -1.0)
+    rows = kv_cache.measure(random_model(TINY), TINY.benchmark, [[1] * 8] * 3, roofline.Rates(1e9, 1e9), compile=False)
+    assert [row["batch_size"] for row in rows] == [1, 1, 3, 3]
+    assert all("not run" in row["skipped"] and row["tokens_per_second"] is None for row in rows)
+
+
+def test_other_libraries_are_named_when_they_are_missing(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    found = peers.cases(random_model(TINY), 12)
+    assert found["vllm"] == "skipped: vllm is not installed"
+    assert set(found) == {"transformers_dynamic", "transformers_static", "vllm", "llama_cpp"}
+
+
+def test_a_peer_has_as_many_parameters_as_the_model():
+    model = random_model(TINY)
+    shape = peers.llama_settings(model.config)
+    width = shape["hidden_size"]
+    block = 4 * width**2 + 3 * width * shape["intermediate_size"]
+    assert shape["num_hidden_layers"] * block == pytest.approx(model.matmul_parameters() - model.head.numel(), rel=0.01)
+
+
+def test_mixed_lengths_long_prompts_and_captures_are_measured():
+    model = random_model(TINY)
+    found = serving.mixed(model, seed=0, requests=6, rows=2)
+    assert found["fraction"] == pytest.approx(found["mixed_tokens_per_second"] / found["uniform_tokens_per_second"])
+    assert serving.long_prompt(model, roofline.Rates(1e9, 1e9), seed=0)["over_floor"] > 0
+    assert serving.capture_seconds(model, rows=2, length=16)["graphs"] == 0  # none on a CPU
+
+
+@pytest.mark.slow
+def test_compiled_recomputation_chooses_the_same_and_leaves_the_model_as_it_was():
+    if reason := compiler_fails(torch.device("cpu")):
+        pytest.skip(reason)
+    model = random_model(TINY)
+    tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+    eager = [kv_cache.last_choice(model, tokens[:rows, :length]) for rows in (1, 2, 3) for length in (7, 12, 20)]
+    with kv_cache.compiled_blocks(model):
+        compiled = [kv_cache.last_choice(model, tokens[:rows, :length]) for rows in (1, 2, 3) for length in (7, 12, 20)]
+    assert all(torch.equal(one, other) for one, other in zip(eager, compiled, strict=True))
+    assert all(block._compiled_call_impl is None for block in model.blocks)

@@ -1,0 +1,98 @@
+"""What a sweep over equal rows does not show: mixed lengths, a deep model, a long prompt, and what capturing costs."""
+
+import dataclasses
+import random
+import statistics
+import time
+
+import torch
+
+from nanochat.benchmark.roofline import Rates, cached_step, recomputed_step
+from nanochat.benchmark.timing import repeat, seconds_of
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
+from nanochat.model.gpt import GPT
+
+MIXED_REQUESTS, MIXED_PROMPT, MIXED_NEW = 512, (10, 500), (10, 400)
+MIXED_ROWS = 93
+LONG_PROMPT = 2048
+DEEP = {"depth": 20, "width": 1280, "heads": 10, "kv_heads": 10}
+
+
+def measure(model: GPT, rates: Rates, seed: int) -> dict[str, dict]:
+    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json."""
+    return {
+        "capture": capture_seconds(model, MIXED_ROWS, 256),
+        "mixed": mixed(model, seed),
+        "long_prompt": long_prompt(model, rates, seed),
+        "deep": deep(model, rates, seed),
+    }
+
+
+def mixed(model: GPT, seed: int, requests: int = MIXED_REQUESTS, rows: int = MIXED_ROWS) -> dict:
+    """Requests of random lengths against as many of their mean lengths, through the same rows."""
+    source, vocab_size = random.Random(seed), model.config.vocab_size
+    length = min(MIXED_PROMPT[1] + MIXED_NEW[1], model.cos.size(0))
+    prompt_limit = min(MIXED_PROMPT[1], length * 5 // 9)
+    new_limit = min(MIXED_NEW[1], length - prompt_limit)
+
+    def request(prompt: int, new: int) -> Request:
+        return Request([source.randrange(vocab_size) for _ in range(prompt)], new)
+
+    varied = [
+        request(source.randint(MIXED_PROMPT[0], prompt_limit), source.randint(MIXED_NEW[0], new_limit))
+        for _ in range(requests)
+    ]
+    mean_prompt = round(statistics.mean(len(one.prompt) for one in varied))
+    mean_new = round(statistics.mean(one.max_new_tokens for one in varied))
+    uniform = [request(mean_prompt, mean_new) for _ in range(requests)]
+    engine = Engine(model, rows=rows, length=length)
+    first = seconds_of(lambda: engine.generate(varied), model.device)
+    found = {"requests": requests, "rows": rows, "first_run_seconds": first}
+    for name, some in (("uniform", uniform), ("mixed", varied)):
+        seconds = statistics.median(repeat(lambda some=some: engine.generate(some), model.device, 3, 10.0))
+        found[f"{name}_tokens_per_second"] = sum(one.max_new_tokens for one in some) / seconds
+    return found | {"fraction": found["mixed_tokens_per_second"] / found["uniform_tokens_per_second"]}
+
+
+def long_prompt(model: GPT, rates: Rates, seed: int) -> dict:
+    """Time to the first token of one long prompt, over the time that its operations take at the measured rate."""
+    length = min(LONG_PROMPT, model.cos.size(0) - 1)
+    prompt = random.Random(seed).choices(range(model.config.vocab_size), k=length)
+    engine = Engine(model, rows=1, length=length + 1)
+    seconds = statistics.median(repeat(lambda: engine.generate([Request(prompt, 1)]), model.device, 10, 5.0, warmup=2))
+    floor = recomputed_step(model, 1, length).flops / rates.matmul_flops_per_second
+    return {"prompt_tokens": length, "seconds": seconds, "floor_seconds": floor, "over_floor": seconds / floor}
+
+
+def deep(model: GPT, rates: Rates, seed: int, new_tokens: int = 200) -> dict:
+    """A model of 20 layers of 1,280 at one row. Its weights are random, and all that its time depends on is their size."""
+    larger = GPT(dataclasses.replace(model.config, **DEEP))
+    larger.compute_dtype = model.compute_dtype
+    for parameter in larger.parameters():
+        parameter.data = torch.empty(parameter.shape, device=model.device, dtype=model.head.dtype).normal_(0, 0.02)
+        parameter.requires_grad_(False)
+    larger = larger.to(model.device)
+    prompt = random.Random(seed).choices(range(model.config.vocab_size), k=50)
+    engine = Engine(larger, rows=1, length=50 + new_tokens)
+    seconds = statistics.median(repeat(lambda: engine.generate([Request(prompt, new_tokens)]), model.device, 5, 5.0))
+    prefill = statistics.median(repeat(lambda: engine.generate([Request(prompt, 1)]), model.device, 5, 2.0))
+    step = (seconds - prefill) / (new_tokens - 1)
+    floor = cached_step(larger, 1, 50 + new_tokens / 2).bytes / rates.copy_bytes_per_second
+    return {
+        "tokens_per_second": new_tokens / seconds,
+        "ms_per_step": 1000 * step,
+        "floor_fraction": floor / step,
+        **DEEP,
+    }
+
+
+def capture_seconds(model: GPT, rows: int, length: int) -> dict:
+    """Serving every number of rows once with a new engine: what is captured on the way, and how long all of it takes."""
+    engine = Engine(model, rows=rows, length=length)
+    started = time.perf_counter()
+    for size in engine.row_buckets:
+        engine.generate([Request([1] * (length // 4), length // 4) for _ in range(size)])
+    graphs = len(engine.decoder.steps) + len(engine.decoder.beginnings)
+    graphs += len(engine.prefill.fused.captured) if engine.prefill.fused else 0
+    return {"seconds": time.perf_counter() - started, "graphs": graphs}
