@@ -196,12 +196,17 @@ BENCHMARK_UNITS = {
     "chi2": "number",
     "p_value": "number",
     "compile_seconds": "seconds",
+    "compile_warm_seconds": "seconds",
     "first_step_seconds": "seconds",
     "first_run_seconds": "seconds",
     "prefill_ms": "milliseconds",
     "padding_fraction": "fraction",
     "gpu_utilization": "fraction",
+    "forward_backward_tokens_per_second": "tokens/s",
+    "used_bytes": "bytes",
+    "used_fraction": "fraction",
     "width": "count",
+    "heads": "count",
     "grad_accum_steps": "count",
     "steps": "count",
     "degrees_of_freedom": "count",
@@ -219,8 +224,13 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
             why = "nothing to say" if key == "notes" else None
             value = commit(content) if key == "commit" else text(content.get(key))
             numbers.add(section, "about", key, value, method=f"benchmark/{name}.json", missing=why)
+        for key, unit in (("choice", "count"), ("fastest", "count"), ("choice_over_fastest", "fraction")):
+            if key in content:
+                numbers.add(section, "about", key, number(content[key]), unit, method=f"benchmark/{name}.json")
         for index, row in enumerate(content["rows"]):
             label = f"{index + 1}"
+            # A curve is drawn; a table of it would bury the other rows.
+            section = f"benchmark_{name}_curve" if row.get("case") == "curve" else f"benchmark_{name}"
             numbers.add(section, label, "case", text(row.get("case")))
             for key, value in row.items():
                 if key == "case" or isinstance(value, list | dict):
@@ -247,7 +257,7 @@ def _why(key: str, device: str | None) -> str:
 
 
 def _before(name: str, rows: Sequence[dict], row: dict) -> tuple[float, str] | None:
-    """Speed against the first row (training), or against eager recomputation at the same batch size (kv_cache)."""
+    """Speed against the first row of the stage (training, compile), or eager recomputation at the same size (kv_cache)."""
 
     def speed(one: dict) -> float | None:
         return number(one.get("real_tokens_per_second")) or number(one.get("tokens_per_second"))
@@ -257,8 +267,8 @@ def _before(name: str, rows: Sequence[dict], row: dict) -> tuple[float, str] | N
         first = next((one for one in same if str(one.get("case")).startswith("recompute")), None)
         label = "recomputed eagerly at the same batch size"
     elif name in ("training", "compile"):
-        first = rows[0]
-        label = "above all"
+        first = next(one for one in rows if one.get("stage") == row.get("stage"))
+        label = f"{text(first.get('case')) or 'first'} of the same stage"
     else:
         return None
     if first is None or not speed(first) or not speed(row):

@@ -69,6 +69,7 @@ def draw_all(found: Collected, folder: Path) -> list[Path]:
         "cost": cost,
         "kv_cache": kv_cache,
         "batch_size": batch_size,
+        "batch_size_curve": batch_size_curve,
     }
     written = []
     # A user's matplotlibrc must not change the report.
@@ -326,6 +327,43 @@ def batch_size(found: Collected) -> Figure:
     drawn = [size for size in capacities if has_failed or size < 8 * max(tops, default=0)]
     for size in drawn:
         memory.axhline(size / 1e9, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+    _over_rows(speed, memory)
+    handles, _labels = speed.get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="", marker="o", ms=11, mfc="none", mec=INK, mew=1.6, label="chosen"))
+    if has_failed:
+        handles.append(Line2D([], [], linestyle="", marker="x", ms=8, mew=2, color=INK, label="did not fit"))
+    if drawn:
+        handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="memory of the device"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def batch_size_curve(found: Collected) -> Figure:
+    """Speed and memory over all batch sizes, eager and compiled, and what the plan chose."""
+    content = found.benchmarks["batch_size"]
+    rows = [row for row in content.get("rows", []) if number(row.get("device_batch_size"))]
+    if not rows:
+        return _empty("Speed and memory over the batch size were not measured.", "benchmark/batch_size.json")
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharex=True)
+    for compiled, label, colour, marker in ((False, "eager", ORANGE, "s"), (True, "compiled", BLUE, "o")):
+        own = [row for row in rows if bool(row.get("compile")) == compiled]
+        for axis, key, scale in ((speed, "tokens_per_second", 1.0), (memory, "peak_memory_bytes", 1e9)):
+            points = {row["device_batch_size"]: number(row.get(key)) for row in own if number(row.get(key))}
+            line = [(size, value / scale) for size, value in sorted(points.items())]
+            if line:
+                axis.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5, label=label)
+    handles, _labels = speed.get_legend_handles_labels()
+    if choice := number(content.get("choice")):
+        for axis in (speed, memory):
+            axis.axvline(choice, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="the plan's choice"))
+    _over_rows(speed, memory)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _over_rows(speed: Axes, memory: Axes) -> None:
     for axis in (speed, memory):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(THOUSANDS)
@@ -335,17 +373,9 @@ def batch_size(found: Collected) -> Figure:
         axis.margins(x=0.08)
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     speed.set_ylabel("tokens per second")
-    speed.set_title("Speed of a probe")
+    speed.set_title("Speed")
     memory.set_ylabel("peak memory (GB)")
-    memory.set_title("Memory of a probe")
-    handles, _labels = speed.get_legend_handles_labels()
-    handles.append(Line2D([], [], linestyle="", marker="o", ms=11, mfc="none", mec=INK, mew=1.6, label="chosen"))
-    if has_failed:
-        handles.append(Line2D([], [], linestyle="", marker="x", ms=8, mew=2, color=INK, label="did not fit"))
-    if drawn:
-        handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="memory of the device"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
+    memory.set_title("Memory")
 
 
 def _empty(sentence: str, source: str) -> Figure:

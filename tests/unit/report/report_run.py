@@ -227,11 +227,39 @@ def _stage_files(w: Writer) -> None:
                     **shapes,
                 }
                 for case, size, compiled, speed, real in (
-                    ("eager_small_batch", 4, False, 81_234.5678, 31_234.5678),
+                    ("study", 4, False, 81_234.5678, 31_234.5678),
                     ("plan_batch_size", 32, False, 130_321.0, 50_107.0),
                     ("packed_rows", 32, False, 130_100.0, 126_200.0),
                     ("compile", 32, True, 189_000.0, 184_000.0),
                 )
+            ],
+        },
+    )
+    sizes = [("curve", 2**i) for i in range(7)]
+    w.json(
+        "benchmark/batch_size.json",
+        {
+            "name": "batch_size",
+            **about,
+            "command": "nanochat benchmark batch-size",
+            "choice": 32,
+            "fastest": 64,
+            "choice_over_fastest": 0.9976,
+            "rows": [
+                {
+                    "case": case,
+                    "device_batch_size": size,
+                    "compile": compiled,
+                    "tokens_per_second": (2 if compiled else 1) * 130_000 * size / (size + 3),
+                    "forward_backward_tokens_per_second": (2 if compiled else 1) * 140_000 * size / (size + 3),
+                    "mfu": 0.4 if w.gpus else None,
+                    "peak_memory_bytes": (2 + size * (0.25 if compiled else 0.6)) * 1e9,
+                    "gpu_utilization": 0.98 if w.gpus else None,
+                    "used_fraction": 0.5 if w.gpus else None,
+                    **shapes,
+                }
+                for compiled in (False, True)
+                for case, size in (("base_default", 32), ("sft_default", 4), ("base_found", 32), *sizes)
             ],
         },
     )

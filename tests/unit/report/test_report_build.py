@@ -22,7 +22,7 @@ from nanochat.report.numbers import DASH, amount, duration, show, size, tidy
 from nanochat.report.read import Run
 from nanochat.report.render import block, render
 
-FIGURES = ("loss", "timeline", "cost", "kv_cache", "batch_size")
+FIGURES = ("loss", "timeline", "cost", "kv_cache", "batch_size", "batch_size_curve")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,14 @@ def test_what_a_supervisor_asks_for_is_there(run):
         assert words in text
     for figure in FIGURES:
         assert f"](figures/{figure}.png)" in text
+
+
+def test_a_curve_is_drawn_and_not_listed(run):
+    text = (run[0] / "report.md").read_text()
+    part = text[text.index("### Batch size") : text.index("### Decoding")]
+    assert "curve |" not in part
+    assert part.count("| pretraining: found") == 2
+    assert "64 rows are the fastest; the plan's 32 reach 99.8% of that" in part
 
 
 def test_figures_are_pictures(run):

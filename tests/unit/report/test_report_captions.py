@@ -10,9 +10,12 @@ from jinja2 import Environment, StrictUndefined
 
 WORKFLOW = Path(__file__).parents[3] / "workflow"
 WILDCARDS = {
-    "figure.rst": [{"figure": name} for name in ("loss", "timeline", "cost", "kv_cache", "batch_size", "another")],
+    "figure.rst": [
+        {"figure": name}
+        for name in ("loss", "timeline", "cost", "kv_cache", "batch_size", "batch_size_curve", "another")
+    ],
     "evaluate.rst": [{"stage": "sft"}],
-    "benchmark.rst": [{"benchmark": name} for name in ("training", "kv_cache", "first_token", "compile")],
+    "benchmark.rst": [{"benchmark": name} for name in ("training", "kv_cache", "first_token", "compile", "batch_size")],
     "training.rst": [{}],
     "report.rst": [{}],
 }
