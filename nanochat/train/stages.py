@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from nanochat.train.trainer import NonFinite, Trainer
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 EXIT_STOPPED, EXIT_OUT_OF_MEMORY, EXIT_NONFINITE, EXIT_SUPERSEDED = 85, 86, 87, 88
+PEERS_SECONDS = 2.0
 
 # Settings that do not change what is computed: a run may go on from a checkpoint that was made with others.
 NEUTRAL_SETTINGS = {"compile", "on_nonfinite", "trackers"}
@@ -98,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
                 say(settings.stage, str(error))
                 return _leave(EXIT_USER_ERROR, ranks)
             traceback.print_exc()
+            # Most often a peer is gone: the launcher shall see first what that one ended with.
+            time.sleep(PEERS_SECONDS)
             return _leave(EXIT_FAILED, ranks)
 
 

@@ -7,8 +7,9 @@ Which ranks there are is read from the allocation, so the same rule runs under a
   what to run; elsewhere srun starts it (but srun kills its ranks at SIGTERM, so a preemption then costs a checkpoint interval).
 On CPUs there is one rank per node unless --ranks-per-node says otherwise.
 
-The exit code is that of the rank that failed first. torchrun itself would answer SIGTERM by ending its ranks at once, and
-whatever happened exit 1; here a rank decides about both signals by itself, since it may have a checkpoint to save.
+The exit code is that of the rank that failed first, or that says why (exits.KINDS) where another one just lost its peer.
+torchrun itself would answer SIGTERM by ending its ranks at once, and whatever happened exit 1; here a rank decides about both
+signals by itself, since it may have a checkpoint to save.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import time
 from pathlib import Path
 
 from . import exits, slots
+
+PEERS_SECONDS = 60.0  # for ranks whose peers are gone to save or to fail, and for another node to say why
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,9 +97,16 @@ def _torchrun(ranks: int, nodes: int, command: list[str]) -> int:
     try:
         run.run(run.parse_args([*options, *command]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code
+        # torchrun stamps them in whole seconds: who failed first is not always known.
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        return telling([failure.exitcode for failure in failures])
     return 0
+
+
+def telling(codes: list[int]) -> int:
+    """The first of these exit codes that says why, else the first one. In: as of subprocess, -n for signal n; out: 128 + n."""
+    code = next((code for code in codes if code in exits.KINDS), codes[0])
+    return 128 - code if code < 0 else code
 
 
 def _is_first_node() -> bool:
@@ -126,21 +136,28 @@ def _all_nodes(nodes: int, arguments: argparse.Namespace, command: list[str]) ->
 
 
 def _with_helpers(nodes: int, inner: list[str], ranks: Path) -> int:
-    """Let the jobs that wait on the other nodes run `inner` too; the exit code of the node that failed first."""
+    """Let the jobs that wait on the other nodes run `inner` too; the exit code of the node that failed first, or says why."""
     exits.write_whole(ranks, json.dumps({"command": inner, "environment": dict(os.environ)}))
     here = subprocess.Popen(inner)
-    while here.poll() is None:
+    others = [exits.node_exit_path(ranks, node) for node in range(1, nodes)]
+    first: list[int] = []  # what was seen to fail before anything else
+    until = float("inf")
+    while True:
+        codes = [here.poll(), *(int(path.read_text()) for path in others if path.exists())]
+        failed = [code for code in codes if code]
+        first = first or failed
+        said_why = any(code in exits.KINDS for code in failed)
+        if codes[0] is not None and (not failed or said_why or len(codes) == nodes):
+            break
+        if failed and until == float("inf"):
+            until = time.time() + PEERS_SECONDS
+        if (
+            time.time() > until
+        ):  # with their peers gone this node's ranks fail too, or save; those that wait for ever are ended
+            here.kill()
+            break
         time.sleep(0.5)
-        for node in range(1, nodes):
-            path = exits.node_exit_path(ranks, node)
-            code = int(path.read_text()) if path.exists() else 0
-            if code:
-                try:  # with its peer gone this node's ranks fail too, or save; those that wait for ever are ended
-                    here.wait(60)
-                except subprocess.TimeoutExpired:
-                    here.kill()
-                return 128 - code if code < 0 else code
-    return 128 - here.returncode if here.returncode < 0 else here.returncode
+    return telling([*failed, *first]) if said_why else telling(first or [0])
 
 
 def _address(node: str) -> str:

@@ -1,6 +1,7 @@
 """What the cluster tests share: the cluster's commands, a Snakemake run in the background, and how to compare with sacct."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,8 @@ class Driver:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
+                # Where these tests run in the background of a shell, SIGINT is ignored, and would stay so.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property

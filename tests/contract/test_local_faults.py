@@ -59,7 +59,14 @@ def start(folder: Path, snakefile: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with open(folder / "driver.log", "a") as output:
         return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # Where these tests run in the background of a shell, SIGINT is ignored, and would stay so.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

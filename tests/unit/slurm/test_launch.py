@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from snakemake_executor_plugin_submitit import launch
 
 LAUNCH = [sys.executable, "-m", "snakemake_executor_plugin_submitit.launch"]
 RANK = """
@@ -49,6 +50,37 @@ def test_gpus_that_are_missing_are_named():
     assert done.returncode == 78
     assert "--gpus 8: this node shows 2 GPUs, 8 are needed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [([1, 86], 86), ([86, 1], 86), ([-15, 1], 143), ([1, -6], 1), ([-6, 88, 86], 88), ([85, 85], 85)],
+)
+def test_an_exit_code_that_says_why_counts_before_one_of_a_rank_that_lost_its_peer(codes, said):
+    assert launch.telling(codes) == said
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "said"),
+    [
+        ("exit 0", "exit 0", 0),
+        ("sleep 1; exit 1", "exit 86", 86),
+        ("exit 1", "sleep 1.5; exit 86", 86),
+        ("exit 7", "sleep 1; exit 1", 7),
+        ("exit 85", "exit 85", 85),
+        ("sleep 9", "exit 3", 3),
+    ],
+)
+def test_of_several_nodes_the_one_that_says_why_counts(tmp_path, monkeypatch, here, there, said):
+    """`there` stands for the job that waits on the second node, and writes down how its ranks ended."""
+    monkeypatch.setattr(launch, "PEERS_SECONDS", 3.0)
+    plan = tmp_path / "ranks-0.json"
+    (tmp_path / "there.sh").write_text(
+        f"({there}); echo $? > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ranks-0-node-1"
+    )
+    second = subprocess.Popen(["sh", tmp_path / "there.sh"])
+    assert launch._with_helpers(2, ["sh", "-c", here], plan) == said
+    second.wait()
 
 
 @pytest.mark.slow
