@@ -300,16 +300,18 @@ def synchronize(device: "torch.device") -> None:
 
 
 class GpuUtilization:
-    """Utilisation and memory of a GPU while the block runs, sampled through NVML by a thread.
+    """Utilisation, memory, clock and power of a GPU while the block runs, sampled through NVML by a thread.
 
     with GpuUtilization(device) as utilization: ...
-    utilization.mean             0 to 1; None on a CPU or where NVML does not answer
-    utilization.most_used_bytes  of the whole device, all processes; None likewise
+    utilization.mean                   0 to 1; None on a CPU or where NVML does not answer
+    utilization.most_used_bytes        of the whole device, all processes; None likewise
+    utilization.clock_hz, power_watts  means, of the processors' clock and of the board; None likewise
     """
 
     def __init__(self, device: "torch.device", every_seconds: float = 1.0):
         self.device, self.every_seconds = device, every_seconds
         self.samples, self.total = 0, 0.0
+        self.total_clock_hz, self.total_watts = 0.0, 0.0
         self.most_used_bytes: int | None = None
         self._newest: collections.deque[tuple[float, float]] = collections.deque(maxlen=1000)
         self._stop = threading.Event()
@@ -318,6 +320,14 @@ class GpuUtilization:
     @property
     def mean(self) -> float | None:
         return self.total / self.samples if self.samples else None
+
+    @property
+    def clock_hz(self) -> float | None:
+        return self.total_clock_hz / self.samples if self.samples else None
+
+    @property
+    def power_watts(self) -> float | None:
+        return self.total_watts / self.samples if self.samples else None
 
     def recent(self, seconds: float) -> float | None:
         """Mean utilisation of the last `seconds`."""
@@ -347,7 +357,11 @@ class GpuUtilization:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             while not self._stop.wait(self.every_seconds):
                 share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                clock_mhz = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+                milliwatts = pynvml.nvmlDeviceGetPowerUsage(handle)
                 self.total += share
+                self.total_clock_hz += 1e6 * clock_mhz
+                self.total_watts += milliwatts / 1000
                 self.samples += 1
                 self._newest.append((time.monotonic(), share))
                 used = pynvml.nvmlDeviceGetMemoryInfo(handle).used

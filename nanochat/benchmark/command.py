@@ -2,6 +2,7 @@
 
 training     a training step as the study did it, then with each thing added that the trainer does
 compile      what compiling a training step costs, cold and with a warm cache, and gives
+trainer      the trainer as it runs: loader, update and checkpoints included, cold and warm compilers, one GPU and all of them
 batch_size   speed, memory and utilisation over the rows of a micro-batch, and whether the plan's choice is the best one
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
 first_token  do several samples of one prompt draw their first token independently?
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from nanochat import hardware
-from nanochat.benchmark import batch_size, compile, first_token, kv_cache, roofline, serving, training
+from nanochat.benchmark import batch_size, compile, first_token, kv_cache, roofline, serving, trainer, training
 from nanochat.benchmark.models import random_model
 from nanochat.config import Benchmark, BenchmarkSettings, Model
 from nanochat.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "compile", "batch_size", "kv_cache", "first_token")
+NAMES = ("training", "compile", "trainer", "batch_size", "kv_cache", "first_token")
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
 RANDOM_CONVERSATIONS = "random tokens of usual lengths"
@@ -55,12 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conversations", help="folder of encoded conversations; default: random ones of usual lengths"
     )
+    parser.add_argument("--steps", type=int, help="trainer: measured steps of a row; default: 50, on a CPU 6")
     parser.add_argument("--out", required=True, help="folder to write to")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.name == "batch_size":
-        return run_batch_size(arguments)
+    if arguments.name in ("batch_size", "trainer"):
+        return run_in_processes(arguments)
     device = hardware.pick_device(None)
     if arguments.config:
         settings = read_settings(arguments.config, BenchmarkSettings)
@@ -100,23 +102,27 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"benchmark {arguments.name}", f"wrote {Path(arguments.out) / f'{arguments.name}.json'}")
 
 
-def run_batch_size(arguments: argparse.Namespace) -> None:
-    """Write batch_size.json. This process stays off the GPU: it belongs to the probes."""
+def run_in_processes(arguments: argparse.Namespace) -> None:
+    """Write batch_size.json or trainer.json. This process stays off the GPU: it belongs to those that measure."""
     started, gpus = time.monotonic(), hardware.visible_gpus()
+    settings = None
     if arguments.config:
         settings = read_settings(arguments.config, BenchmarkSettings)
         if settings.benchmark.gpus and not gpus:
             raise hardware.no_gpu(settings.benchmark.gpus)
-        gpus = gpus if settings.benchmark.gpus else []
+        gpus = gpus[: settings.benchmark.gpus]
+    if arguments.name == "trainer":
+        rows, facts = trainer.measure(settings, arguments.plan, arguments.steps), {}
     else:
-        settings = default_settings(torch.device("cuda" if gpus else "cpu"))
-    compiles = settings.compile == "on" or (settings.compile == "auto" and bool(gpus))
-    rows, facts = batch_size.measure(settings, gpus[0] if gpus else None, arguments.plan, compiles)
-    path = Path(arguments.out) / "batch_size.json"
+        settings = settings or default_settings(torch.device("cuda" if gpus else "cpu"))
+        gpus = gpus[:1]
+        compiles = settings.compile == "on" or (settings.compile == "auto" and bool(gpus))
+        rows, facts = batch_size.measure(settings, gpus[0] if gpus else None, arguments.plan, compiles)
+    path = Path(arguments.out) / f"{arguments.name}.json"
     content = {
-        "name": "batch_size",
+        "name": arguments.name,
         "device": gpus[0].name if gpus else hardware.cpu_name(),
-        "gpus": 1 if gpus else 0,
+        "gpus": len(gpus),
         "torch": torch.__version__,
         "commit": commit(),
         "command": "nanochat " + " ".join(sys.argv[1:]),
@@ -125,7 +131,7 @@ def run_batch_size(arguments: argparse.Namespace) -> None:
         "rows": rows,
     }
     write_json(path, content)
-    say("benchmark batch_size", f"wrote {path}")
+    say(f"benchmark {arguments.name}", f"wrote {path}")
 
 
 def run_training(

@@ -88,8 +88,13 @@ def test_the_whole_pipeline_on_two_nodes(cluster, checkout):
 
 
 @pytest.mark.slow
-def test_a_preempted_training_has_the_curve_of_an_undisturbed_one(cluster, checkout):
-    (checkout / "tiny.yaml").write_text(TINY.replace("steps: 60", "steps: 400"))
+def test_a_training_on_two_nodes_that_is_preempted_has_the_curve_of_an_undisturbed_one(cluster, checkout):
+    """A rank on each node: both are told to stop, agree on the step, and go on from it together."""
+    (checkout / "tiny.yaml").write_text(
+        TINY.replace("steps: 60", "steps: 400").replace("gpus: 0", "gpus: 0, nodes: 2", 1)
+    )
+    profile = checkout / "profiles/artemis/config.yaml"
+    profile.write_text(re.sub(r"(  base:\n(?:    .*\n)*?    gpu): 1", r"\1: 2", profile.read_text()))
     finish(start(cluster, checkout, "base"), checkout, 400)
     undisturbed = losses(checkout)
     shutil.rmtree(checkout / "results/base")
@@ -102,4 +107,6 @@ def test_a_preempted_training_has_the_curve_of_an_undisturbed_one(cluster, check
     base = [r for r in ledger.read_attempts(checkout / "results/jobs/ledger.jsonl") if r["rule"] == "base"]
     assert [record["state"] for record in base[-2:]] == ["PREEMPTED", "COMPLETED"]
     assert base[-2]["exit_code"] == 85
+    assert all(len(record["node_names"]) == 2 for record in base)
+    assert "2 x" in (checkout / "results/base/base.log").read_text()
     assert losses(checkout) == undisturbed

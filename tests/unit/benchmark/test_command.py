@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.benchmark import compile, kv_cache, peers, roofline, serving, training
+from nanochat.benchmark import compile, kv_cache, peers, roofline, serving, trainer, training
 from nanochat.benchmark.command import compiler_fails, default_settings
 from nanochat.benchmark.models import random_model
 from nanochat.benchmark.timing import spread
@@ -94,6 +94,30 @@ def test_the_bug_is_told_from_the_engine(written):
     assert (before["case"], before["distinct"]) == ("before", 1)
     assert before["p_value"] < 1e-6 < 1e-3 < after["p_value"]
     assert after["distinct"] > 50
+
+
+@pytest.mark.slow
+def test_the_trainer_is_measured_as_it_runs(tmp_path):
+    """In a process of its own: loader, update, log and a checkpoint, with the plan's rows."""
+    (tmp_path / "plan.json").write_text('{"device_batch_size": 2, "grad_accum_steps": 3}')
+    content = measure("trainer", tmp_path, "--plan", str(tmp_path / "plan.json"), "--steps", "4")
+    assert content.keys() >= HEADER
+    (row,) = content["rows"]
+    assert (row["case"], row["gpus"], row["steps"]) == ("d2", 0, 3)  # one of four follows the checkpoint
+    assert (row["device_batch_size"], row["grad_accum_steps"], row["tokens_per_step"]) == (2, 3, 2 * 3 * 64)
+    assert row["tokens_per_second"] == pytest.approx(row["tokens_per_step"] / row["ms_per_step"] * 1000)
+    assert 0 <= row["loader_fraction"] < 1
+    assert row["checkpoint_write_seconds"] > 0
+    assert row["compile_seconds"] is row["compile_warm_seconds"] is row["mfu"] is None
+
+
+@pytest.mark.slow
+def test_ranks_of_the_trainer_share_a_step(tmp_path):
+    task = {"case": "d2", "model": TINY.model.resolved().model_dump(), "vocab_size": 256, "sequence_length": 64}
+    task |= {"dtype": "float32", "compile": "off", "seed": 1, "rows": 2, "tokens_per_step": 512, "steps": 2, "gpus": 0}
+    row = trainer._in_processes(task, None, ranks=2)
+    assert row["grad_accum_steps"] == 2
+    assert row["tokens_per_step"] == 512
 
 
 def test_training_uses_the_size_of_the_plan(tmp_path):

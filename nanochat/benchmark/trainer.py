@@ -1,0 +1,248 @@
+"""The trainer itself at full speed: an optimizer step with its loader, update, log line and checkpoints, and what several GPUs give.
+
+d12, d20                       one GPU, 524,288 tokens a step; on a CPU, or with settings, the model that those name
+<model>_wide, <model>_split    all GPUs of this machine: as many tokens a GPU as one has in the row above; as many in all
+
+Each row comes from a process of its own, `python -m nanochat.benchmark.trainer TASK`, and where it compiles from a second one before
+it, of two steps, that finds the compilers' caches empty. Text is random tokens in token shards. Times are the wall clock
+between the log's lines; a checkpoint is saved in the middle, and its stall is by how much the step after it is longer.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat import config, hardware
+from nanochat.benchmark.timing import spread
+from nanochat.data.loader import PretrainLoader
+from nanochat.data.token_shards import TokenShard, TokenShards, dtype_of
+from nanochat.errors import UserError
+from nanochat.files import read_json, read_json_lines, sha256, write_json
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.progress import say
+from nanochat.train.distributed import World, world
+from nanochat.train.trainer import Trainer
+
+DEPTHS = {12: 32, 20: 16}  # layers -> rows of a micro-batch, of those that one H100 trains fastest with
+LENGTH, VOCAB_SIZE, TOKENS_PER_STEP = 2048, 32_768, 524_288
+STEPS = {"cuda": 50, "cpu": 6}
+CPU_ROWS = 8
+WARM_STEPS = 5  # before the measured ones: the allocator and the loader's thread have settled
+TEXT_STEPS = 4  # text for so many steps is written; then it begins anew
+TIMEOUT_SECONDS = 900
+
+
+def measure(
+    settings: config.BenchmarkSettings | None, plan_path: str | None, steps: int | None
+) -> list[dict[str, Any]]:
+    """The rows of benchmark/trainer.json. This process makes no CUDA context.
+
+    settings   None: d12 and d20
+    plan_path  where rows of a micro-batch and tokens of a step come from
+    steps      measured ones in a row; None: STEPS
+    """
+    gpus = len(hardware.visible_gpus())
+    if settings is None and not gpus:
+        raise UserError(
+            "benchmark trainer: no GPU here. Give settings for a CPU: --config results/config/benchmark.json"
+        )
+    gpus = min(gpus, settings.benchmark.gpus) if settings else gpus
+    rows = []
+    for task in _tasks(settings, plan_path, gpus, steps or STEPS["cuda" if gpus else "cpu"]):
+        one = _measured(task | {"gpus": min(gpus, 1)})
+        rows.append({"case": task["case"], **one, "efficiency": None})
+        for case, factor in ((f"{task['case']}_wide", gpus), (f"{task['case']}_split", 1)) if gpus > 1 else ():
+            more = {"gpus": gpus, "tokens_per_step": task["tokens_per_step"] * factor}
+            several = _measured(task | more, cold=False)
+            efficiency = several["tokens_per_second"] / (gpus * one["tokens_per_second"])
+            rows.append({"case": case, **several, "efficiency": efficiency})
+        for row in rows[-3 if gpus > 1 else -1 :]:
+            say("benchmark trainer", f"{row['case']}, {row['gpus']} GPU(s): {row['tokens_per_second']:,.0f} tokens/s")
+    return rows
+
+
+def _tasks(
+    settings: config.BenchmarkSettings | None, plan_path: str | None, gpus: int, steps: int
+) -> list[dict[str, Any]]:
+    """What each row's process is told."""
+    if settings is None:
+        common = {"vocab_size": VOCAB_SIZE, "sequence_length": LENGTH, "dtype": "auto", "compile": "auto", "seed": 1337}
+        return [
+            common
+            | {"case": f"d{depth}", "model": config.Model(depth=depth).resolved().model_dump(), "rows": rows}
+            | {"tokens_per_step": TOKENS_PER_STEP, "steps": steps}
+            for depth, rows in DEPTHS.items()
+        ]
+    names = ("vocab_size", "sequence_length", "dtype", "compile", "seed")
+    task = {name: getattr(settings, name) for name in names}
+    plan = read_json(plan_path) if plan_path else {}
+    rows = plan.get("device_batch_size") or (DEPTHS[12] if gpus else CPU_ROWS)
+    tokens = rows * settings.sequence_length * plan.get("grad_accum_steps", 1)
+    sizes = settings.model.resolved()
+    task |= {"case": f"d{sizes.depth}", "model": sizes.model_dump(), "rows": rows, "tokens_per_step": tokens}
+    return [task | {"steps": steps}]
+
+
+def _measured(task: dict[str, Any], cold: bool = True) -> dict[str, Any]:
+    """A row, and what compiling took with empty and with filled caches; `cold` False: with filled ones only."""
+    with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
+        first = _in_processes(task | {"steps": 0}, caches) if cold and task["compile"] != "off" else None
+        row = _in_processes(task, caches if cold else None)
+    return row | {
+        "compile_seconds": first["compile_seconds"] if first and row["compile"] else None,
+        "compile_warm_seconds": row["compile_seconds"] if row["compile"] else None,
+    }
+
+
+def _in_processes(task: dict[str, Any], caches: str | None, ranks: int | None = None) -> dict[str, Any]:
+    """`measured` by a process for each GPU (or `ranks`), which keep what they compile in the folder `caches`."""
+    environment = dict(os.environ)
+    if caches:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(caches, "inductor")
+        environment["TRITON_CACHE_DIR"] = os.path.join(caches, "triton")
+    command = [sys.executable, "-m", "nanochat.benchmark.trainer", json.dumps(task)]
+    if (ranks or task["gpus"]) > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks or task['gpus']}"]
+    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_SECONDS)
+    if ran.returncode:
+        raise UserError(f"benchmark trainer: the process of {task['case']} failed with exit code {ran.returncode}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+class _SavingInTheMiddle(Trainer):
+    """A trainer that saves once more, after the step `save_at`."""
+
+    save_at = 0
+
+    def _step(self, stop: bool, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
+        return super()._step(stop, save_due or self.step + 1 == self.save_at)
+
+
+def measured(task: dict[str, Any], ranks: World) -> dict[str, Any]:
+    """Train WARM_STEPS + task["steps"] steps and say how long they took; with 0 steps only what compiling took."""
+    sizes, length, rows = config.Model(**task["model"]), task["sequence_length"], task["rows"]
+    steps = WARM_STEPS + task["steps"] if task["steps"] else 2
+    settings = _training_settings(task)
+    model = GPT(GPTConfig.from_settings(sizes, task["vocab_size"], length))
+    model.init_weights(torch.Generator().manual_seed(task["seed"]))
+    model.to(ranks.device).compute_dtype = hardware.resolve_dtype(task["dtype"], ranks.device)
+    # Each rank writes its own: they need not share a folder, and the text is the same.
+    with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as folder:
+        shards = _random_text(Path(folder), task["vocab_size"], TEXT_STEPS * task["tokens_per_step"] + 1, task["seed"])
+        trainer = _SavingInTheMiddle(
+            settings,
+            ranks,
+            model,
+            PretrainLoader(shards, task["tokens_per_step"] // length, length, task["seed"]),
+            None,
+            np.ones(task["vocab_size"], dtype=np.int64),
+            steps,
+            rows,
+            Path(folder) / "checkpoints",
+            Path(folder) / "log.jsonl",
+            "benchmark",
+        )
+        trainer.save_at = WARM_STEPS + task["steps"] // 2
+        with hardware.GpuUtilization(ranks.device) as sampled:
+            trainer.run()
+        lines = read_json_lines(Path(folder) / "log.jsonl") if ranks.leads else []
+    return _row(task, trainer, lines, sampled) if ranks.leads else {}
+
+
+def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: hardware.GpuUtilization) -> dict[str, Any]:
+    history, ranks, sizes = trainer.history, trainer.world, trainer.model.config
+    row = {"compile": trainer.compiled, "compile_seconds": history.compile_seconds}
+    if not task["steps"]:
+        return row
+    first = WARM_STEPS - 1  # a step lasts from the line before it to its own
+    lasted = [after["time"] - before["time"] for before, after in zip(lines[first:], lines[first + 1 :], strict=False)]
+    after_save = lasted.pop(trainer.save_at - WARM_STEPS)
+    median = statistics.median(lasted)
+    rate = task["tokens_per_step"] / median
+    flops = hardware.flops_per_token(
+        trainer.model.matmul_parameters(), sizes.depth, sizes.width, task["sequence_length"]
+    )
+    peak = hardware.peak_flops(hardware.device_name(ranks.device), trainer.model.compute_dtype)
+    timed = lines[WARM_STEPS:]
+    return row | {
+        "gpus": task["gpus"],
+        "depth": sizes.depth,
+        "width": sizes.width,
+        "heads": sizes.heads,
+        "device_batch_size": task["rows"],
+        "grad_accum_steps": trainer.micro_steps,
+        "tokens_per_step": task["tokens_per_step"],
+        "sequence_length": task["sequence_length"],
+        "vocab_size": task["vocab_size"],
+        "tokens_per_second": rate,
+        "real_tokens_per_second": rate,  # text end to end: no padding
+        "mfu": rate * flops / (peak * ranks.size) if peak else None,
+        "peak_memory_bytes": history.peak_memory_bytes,
+        "spread": spread(lasted),
+        "steps": len(lasted),
+        "ms_per_step": 1000 * median,
+        "loader_fraction": sum(line["loader_seconds"] for line in timed) / sum(line["seconds"] for line in timed),
+        "checkpoint_stall_steps": (after_save - median) / median,
+        "checkpoint_write_seconds": history.checkpoint_write_seconds / 2,  # one in the middle, one at the end
+        "gpu_utilization": sampled.mean,
+        "clock_hz": sampled.clock_hz,
+        "power_watts": sampled.power_watts,
+    }
+
+
+def _training_settings(task: dict[str, Any]) -> config.TrainingSettings:
+    """No validation, and no checkpoint but those that are measured."""
+    return config.TrainingSettings(
+        stage="base",
+        seed=task["seed"],
+        model=config.Model(**task["model"]),
+        vocab_size=task["vocab_size"],
+        dtype=task["dtype"],
+        compile=task["compile"],
+        on_nonfinite="stop",
+        optimizer=config.Optimizer(),
+        train=config.Base(
+            gpus=task["gpus"],
+            sequence_length=task["sequence_length"],
+            tokens_per_step=task["tokens_per_step"],
+            validate_every_steps=10**9,
+            checkpoint_every_seconds=1e9,
+            keep_checkpoints=1,
+        ),
+    )
+
+
+def _random_text(folder: Path, vocab_size: int, tokens: int, seed: int) -> TokenShards:
+    """One token shard of random tokens, as the stage `tokens` writes them."""
+    path, dtype = folder / "train-00000.bin", dtype_of(vocab_size)
+    np.random.default_rng(seed).integers(0, vocab_size, tokens).astype(dtype).tofile(path)
+    shard = TokenShard(path.name, "train", tokens, 1, tokens, path.stat().st_size, sha256(path))
+    metrics = {
+        "dtype": str(dtype),
+        "vocab_size": vocab_size,
+        "bos_id": 0,
+        "tokenizer_sha256": "",
+        "shards": [vars(shard)],
+    }
+    write_json(folder / "metrics.json", metrics)
+    return TokenShards.open(folder, "train", verify=False)
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    with world(task["gpus"]) as ranks:
+        row = measured(task, ranks)
+        if ranks.leads:
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
