@@ -4,6 +4,7 @@ training     a training step as the study did it, then with each thing added tha
 compile      what compiling a training step costs, cold and with a warm cache, and gives
 trainer      the trainer as it runs: loader, update and checkpoints included, cold and warm compilers, one GPU and all of them
 batch_size   speed, memory and utilisation over the rows of a micro-batch, and whether the plan's choice is the best one
+plans        whether batch-size plans hold: how long the search takes, whether its maximum is one, whether training fits
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
 first_token  do several samples of one prompt draw their first token independently?
 
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 
 from nanochat import hardware
-from nanochat.benchmark import batch_size, compile, first_token, kv_cache, roofline, serving, trainer, training
+from nanochat.benchmark import batch_size, compile, first_token, kv_cache, plans, roofline, serving, trainer, training
 from nanochat.benchmark.models import random_model
 from nanochat.config import Benchmark, BenchmarkSettings, Model
 from nanochat.data.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "compile", "trainer", "batch_size", "kv_cache", "first_token")
+NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "first_token")
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
 RANDOM_CONVERSATIONS = "random tokens of usual lengths"
@@ -56,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conversations", help="folder of encoded conversations; default: random ones of usual lengths"
     )
-    parser.add_argument("--steps", type=int, help="trainer: measured steps of a row; default: 50, on a CPU 6")
+    parser.add_argument(
+        "--steps", type=int, help="trainer, plans: steps of a row; default: 50 and 200, on a CPU 6 and 4"
+    )
+    parser.add_argument("--case", action="append", default=[], help="trainer, plans: only this row (d12, d12_t2048)")
     parser.add_argument("--out", required=True, help="folder to write to")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.name in ("batch_size", "trainer"):
+    if arguments.name in ("batch_size", "trainer", "plans"):
         return run_in_processes(arguments)
     device = hardware.pick_device(None)
     if arguments.config:
@@ -103,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_in_processes(arguments: argparse.Namespace) -> None:
-    """Write batch_size.json or trainer.json. This process stays off the GPU: it belongs to those that measure."""
+    """Write batch_size.json, trainer.json or plans.json. This process stays off the GPU: it belongs to those that measure."""
     started, gpus = time.monotonic(), hardware.visible_gpus()
     settings = None
     if arguments.config:
@@ -112,7 +116,9 @@ def run_in_processes(arguments: argparse.Namespace) -> None:
             raise hardware.no_gpu(settings.benchmark.gpus)
         gpus = gpus[: settings.benchmark.gpus]
     if arguments.name == "trainer":
-        rows, facts = trainer.measure(settings, arguments.plan, arguments.steps), {}
+        rows, facts = trainer.measure(settings, arguments.plan, arguments.case, arguments.steps), {}
+    elif arguments.name == "plans":
+        rows, facts, gpus = plans.measure(settings, arguments.case, arguments.steps), {}, gpus[:1]
     else:
         settings = settings or default_settings(torch.device("cuda" if gpus else "cpu"))
         gpus = gpus[:1]

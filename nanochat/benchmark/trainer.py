@@ -29,6 +29,7 @@ from nanochat.files import read_json, read_json_lines, sha256, write_json
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.progress import say
 from nanochat.train.distributed import World, world
+from nanochat.train.prober import EXIT_OUT_OF_MEMORY
 from nanochat.train.trainer import Trainer
 
 DEPTHS = {12: 32, 20: 16}  # layers -> rows of a micro-batch, of those that one H100 trains fastest with
@@ -38,14 +39,28 @@ CPU_ROWS = 8
 WARM_STEPS = 5  # before the measured ones: the allocator and the loader's thread have settled
 TEXT_STEPS = 4  # text for so many steps is written; then it begins anew
 TIMEOUT_SECONDS = 900
+NEVER = 10**9  # steps
+
+
+class ProcessFailed(UserError):
+    """A measuring process did not end well; its words are on the terminal."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def no_gpu(name: str) -> UserError:
+    return UserError(f"benchmark {name}: no GPU here. For a CPU give settings: --config results/config/benchmark.json")
 
 
 def measure(
-    settings: config.BenchmarkSettings | None, plan_path: str | None, steps: int | None
+    settings: config.BenchmarkSettings | None, plan_path: str | None, cases: list[str], steps: int | None
 ) -> list[dict[str, Any]]:
     """The rows of benchmark/trainer.json. This process makes no CUDA context.
 
     settings   None: d12 and d20
+    cases      of the models these alone, d12 for one; empty: all
     plan_path  where rows of a micro-batch and tokens of a step come from
     steps      measured ones in a row; None: STEPS
     """
@@ -57,6 +72,8 @@ def measure(
     gpus = min(gpus, settings.benchmark.gpus) if settings else gpus
     rows = []
     for task in _tasks(settings, plan_path, gpus, steps or STEPS["cuda" if gpus else "cpu"]):
+        if cases and task["case"] not in cases:
+            continue
         one = _measured(task | {"gpus": min(gpus, 1)})
         rows.append({"case": task["case"], **one, "efficiency": None})
         for case, factor in ((f"{task['case']}_wide", gpus), (f"{task['case']}_split", 1)) if gpus > 1 else ():
@@ -94,15 +111,15 @@ def _tasks(
 def _measured(task: dict[str, Any], cold: bool = True) -> dict[str, Any]:
     """A row, and what compiling took with empty and with filled caches; `cold` False: with filled ones only."""
     with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
-        first = _in_processes(task | {"steps": 0}, caches) if cold and task["compile"] != "off" else None
-        row = _in_processes(task, caches if cold else None)
+        first = in_processes(task | {"steps": 0}, caches) if cold and task["compile"] != "off" else None
+        row = in_processes(task, caches if cold else None)
     return row | {
         "compile_seconds": first["compile_seconds"] if first and row["compile"] else None,
         "compile_warm_seconds": row["compile_seconds"] if row["compile"] else None,
     }
 
 
-def _in_processes(task: dict[str, Any], caches: str | None, ranks: int | None = None) -> dict[str, Any]:
+def in_processes(task: dict[str, Any], caches: str | None, ranks: int | None = None) -> dict[str, Any]:
     """`measured` by a process for each GPU (or `ranks`), which keep what they compile in the folder `caches`."""
     environment = dict(os.environ)
     if caches:
@@ -113,7 +130,9 @@ def _in_processes(task: dict[str, Any], caches: str | None, ranks: int | None = 
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks or task['gpus']}"]
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_SECONDS)
     if ran.returncode:
-        raise UserError(f"benchmark trainer: the process of {task['case']} failed with exit code {ran.returncode}")
+        raise ProcessFailed(
+            f"benchmark: the process of {task['case']} failed with exit code {ran.returncode}", ran.returncode
+        )
     return json.loads(ran.stdout.splitlines()[-1])
 
 
@@ -142,7 +161,7 @@ def measured(task: dict[str, Any], ranks: World) -> dict[str, Any]:
             ranks,
             model,
             PretrainLoader(shards, task["tokens_per_step"] // length, length, task["seed"]),
-            None,
+            PretrainLoader(shards, rows, length, None) if "validate_every_steps" in task else None,
             np.ones(task["vocab_size"], dtype=np.int64),
             steps,
             rows,
@@ -199,7 +218,7 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
 
 
 def _training_settings(task: dict[str, Any]) -> config.TrainingSettings:
-    """No validation, and no checkpoint but those that are measured."""
+    """No validation unless the task says so, and no checkpoint but those that are measured."""
     return config.TrainingSettings(
         stage="base",
         seed=task["seed"],
@@ -213,7 +232,8 @@ def _training_settings(task: dict[str, Any]) -> config.TrainingSettings:
             gpus=task["gpus"],
             sequence_length=task["sequence_length"],
             tokens_per_step=task["tokens_per_step"],
-            validate_every_steps=10**9,
+            validate_every_steps=task.get("validate_every_steps", NEVER),
+            validation_tokens=2 * task["rows"] * task["sequence_length"],
             checkpoint_every_seconds=1e9,
             keep_checkpoints=1,
         ),
@@ -236,13 +256,19 @@ def _random_text(folder: Path, vocab_size: int, tokens: int, seed: int) -> Token
     return TokenShards.open(folder, "train", verify=False)
 
 
-def main() -> None:
+def main() -> int:
     task = json.loads(sys.argv[1])
     with world(task["gpus"]) as ranks:
-        row = measured(task, ranks)
+        try:
+            row = measured(task, ranks)
+        except torch.OutOfMemoryError:
+            if ranks.size > 1:
+                os._exit(EXIT_OUT_OF_MEMORY)  # the others wait in a collective
+            return EXIT_OUT_OF_MEMORY
         if ranks.leads:
             print(json.dumps(row))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

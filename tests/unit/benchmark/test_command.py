@@ -112,10 +112,28 @@ def test_the_trainer_is_measured_as_it_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_plan_is_searched_three_times_and_trained_with(tmp_path):
+    """Measured twice, then found in the cache; the trainer validates and saves on the way."""
+    content = measure("plans", tmp_path)
+    assert content.keys() >= HEADER
+    (row,) = content["rows"]
+    assert (row["case"], row["out_of_memory"], row["steps"]) == ("d2_t64", False, 4)
+    assert row["seconds_cached"] < min(1.0, row["seconds_warm"] / 2, row["seconds_cold"] / 2)
+    assert row["tokens_per_second"] > 0
+
+
+def test_a_measurement_that_wants_a_gpu_says_so_in_one_line(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert main(["benchmark", "trainer", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_ranks_of_the_trainer_share_a_step(tmp_path):
     task = {"case": "d2", "model": TINY.model.resolved().model_dump(), "vocab_size": 256, "sequence_length": 64}
     task |= {"dtype": "float32", "compile": "off", "seed": 1, "rows": 2, "tokens_per_step": 512, "steps": 2, "gpus": 0}
-    row = trainer._in_processes(task, None, ranks=2)
+    row = trainer.in_processes(task, None, ranks=2)
     assert row["grad_accum_steps"] == 2
     assert row["tokens_per_step"] == 512
 
