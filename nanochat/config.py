@@ -152,6 +152,11 @@ class Stage(Settings):
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept on disk.")
     profile_steps: list[PositiveInt] = Field([], description="[first, last] step to trace with torch's profiler.")
 
+    @property
+    def ranks(self) -> int:
+        """Processes that share a step: one a GPU; on CPUs one a node."""
+        return max(self.gpus, self.nodes)
+
     @field_validator("profile_steps")
     @classmethod
     def _first_and_last(cls, steps: list[int]) -> list[int]:
@@ -372,6 +377,7 @@ class PlanSettings(Settings):
     model: Model
     vocab_size: int
     gpus: int
+    ranks: int = 1  # processes that share a step; never fewer than GPUs
     sequence_length: int
     tokens_per_step: int
     device_batch_size: int | None
@@ -439,6 +445,7 @@ def stage_settings(config: Config) -> dict[str, Settings]:
             model=model,
             vocab_size=config.tokenizer.vocab_size,
             gpus=own.gpus,
+            ranks=own.ranks,
             sequence_length=own.sequence_length,
             tokens_per_step=own.tokens_per_step,
             device_batch_size=own.device_batch_size,

@@ -154,7 +154,7 @@ def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
 
 
 def _stage_conflicts(path: tuple[str, ...], stage: Stage) -> Iterable[tuple[tuple[str, ...], Any, str]]:
-    devices = max(1, stage.gpus)
+    devices = stage.ranks
     unit = stage.sequence_length * devices
     factors = f"{stage.sequence_length} x {devices} = {unit}"
     if stage.tokens_per_step % unit:

@@ -50,8 +50,8 @@ def make_plan(settings: config.PlanSettings, use_cache: bool = True) -> dict[str
     measured before is there at once.
     """
     started = time.monotonic()
-    stage, own, gpus = settings.stage, settings.batch_size, max(settings.gpus, 1)
-    rows = rows_per_step(settings.tokens_per_step, settings.sequence_length, gpus, f"train.{stage}") // gpus
+    stage, own, ranks = settings.stage, settings.batch_size, max(settings.ranks, settings.gpus)
+    rows = rows_per_step(settings.tokens_per_step, settings.sequence_length, ranks, f"train.{stage}") // ranks
     if settings.device_batch_size:
         return _plan(settings, rows, settings.device_batch_size, "override", started)
     gpu = _smallest_gpu(settings)

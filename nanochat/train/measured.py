@@ -22,7 +22,7 @@ FORMAT = 2
 OUT_OF_MEMORY = "out of memory"  # the one failure that is kept: a late probe may be in time elsewhere
 FAILED_LATER = "training ran out of memory with it"
 # Of the settings these decide what is made of the probes, not what they measure.
-NOT_MEASURED = {"stage", "tokens_per_step", "device_batch_size", "batch_size"}
+NOT_MEASURED = {"stage", "ranks", "tokens_per_step", "device_batch_size", "batch_size"}
 
 
 class Measured:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import doctor, exits, ledger, resources, work
-from .accounting import Accounting
+from .accounting import CLOSE_SECONDS, Accounting
 from .failures import Decision, decide
 from .job import Allocation, newest_step
 from .progress import Progress
@@ -91,7 +91,8 @@ class Driver:
     def submit(self, job, command: Callable[[], str]) -> Submission:
         """Adopt the job if it runs already, else submit it. Raises ValueError when it is refused."""
         rule, wildcards, key = work.rule_of(job), work.wildcards_of(job), work.fingerprint(job)
-        adopted = self._adopt(job, rule, wildcards, key)
+        with self._lock:
+            adopted = self._adopt(job, rule, wildcards, key)
         if adopted:
             adopted.command = command()
             return adopted
@@ -160,7 +161,10 @@ class Driver:
         with self._lock:
             if time.monotonic() - self._asked >= self.poll_seconds:
                 self._asked = time.monotonic()
-                seen = self.cluster.observe(submissions) if submissions else {}
+                left_behind = self._unclaimed()
+                asked = [*submissions, *left_behind]
+                seen = self.cluster.observe(asked) if asked else {}
+                self._account_for(left_behind, seen)
                 self.accounting.correct()
             else:
                 seen = self.cluster.ended(submissions)
@@ -320,6 +324,12 @@ class Driver:
         """The end of the run."""
         self.progress.clear()
         with self._lock:
+            ending = [one for one in self._unclaimed() if exits.is_over(one.folder, one.restart)]
+            until = time.monotonic() + CLOSE_SECONDS
+            while ending and time.monotonic() < until:
+                self._account_for(ending, self.cluster.observe(ending))
+                ending = [one for one in ending if ledger.is_open(one.record)]
+                time.sleep(1 if ending else 0)
             self.accounting.close()
 
     def wants_a_look(self) -> bool:
@@ -365,7 +375,15 @@ class Driver:
         for submission in submissions:
             runs = [record["submitted"] for record in records if record["job_id"] == submission.job_id]
             submission.first_submitted = min(runs)
-        seen = self.cluster.observe(submissions) if submissions else {}
+        self.found = [(submission, Observation()) for submission in submissions]
+        self._account_for(submissions, self.cluster.observe(submissions) if submissions else {})
+
+    def _unclaimed(self) -> list[Submission]:
+        """Jobs of a driver that died which go on, and which nobody has asked for: their work may be done already."""
+        return [submission for submission, seen in self.found if seen.state not in ledger.FINAL]
+
+    def _account_for(self, submissions: list[Submission], seen: dict[str, Observation]) -> None:
+        """Write down what was seen of jobs that a driver that died has left behind."""
         for submission in submissions:
             observation = seen.get(submission.job_id, Observation())
             self._follow_requeues(submission, observation)
@@ -373,7 +391,7 @@ class Driver:
             if observation.state in ledger.FINAL:
                 status = exits.read_status(submission.folder, submission.restart) or {}
                 self._finish(submission, observation, status)
-            self.found.append((submission, observation))
+            self.found = [(one, observation if one is submission else before) for one, before in self.found]
 
     def _adopt(self, job, rule: str, wildcards: dict, key: str) -> Submission | None:
         """A running or finished job of a dead driver that is exactly this one; others of the same work are cancelled."""

@@ -68,6 +68,11 @@ def read_status(folder: str | os.PathLike, restart: int) -> dict | None:
         return None
 
 
+def is_over(folder: str | os.PathLike, restart: int) -> bool:
+    """Whether the job says that its command has ended; the scheduler may know it seconds later."""
+    return (read_status(folder, restart) or {}).get("state") == "ended"
+
+
 def node_exit_path(ranks: Path, node: int) -> Path:
     """Where node `node` of a job on several nodes leaves the exit code of its ranks."""
     return ranks.with_name(f"{ranks.stem}-node-{node}")

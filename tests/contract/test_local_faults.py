@@ -93,6 +93,20 @@ def test_a_killed_drivers_job_is_adopted_and_not_run_twice(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_drivers_job_that_nobody_asks_for_is_accounted_for(tmp_path):
+    """Its work is done before the next driver needs it, or is no part of what that one makes."""
+    snakefile = TRAIN + 'rule other:\n    output: "out/other"\n    shell: "sleep 8; touch {output}"\n'
+    first = start(tmp_path, snakefile, "out/train")
+    wait_for(tmp_path / "log/train.log", "step 3/")
+    first.kill()
+    first.wait()
+    second = start(tmp_path, snakefile, "out/other")
+    assert second.wait(60) == 0, (tmp_path / "driver.log").read_text()
+    states = {record["rule"]: record["state"] for record in read_attempts(tmp_path / "results/jobs/ledger.jsonl")}
+    assert states == {"train": "COMPLETED", "other": "COMPLETED"}
+
+
+@pytest.mark.slow
 def test_an_out_of_date_job_is_not_adopted(tmp_path):
     changed = TRAIN.replace("touch {output}", "echo new > {output}")
     first = start(tmp_path, TRAIN)

@@ -134,6 +134,14 @@ def test_override_is_honoured_and_recorded():
         make_plan(settings(device_batch_size=5))
 
 
+def test_ranks_on_the_cpus_of_several_nodes_share_a_step():
+    plan = make_plan(settings(ranks=2, device_batch_size=3))
+    assert plan["grad_accum_steps"] == 2  # of twelve rows, three at a time on each of two nodes
+    stage = config.Base(gpus=0, nodes=2)
+    assert stage.ranks == 2
+    assert config.Base(gpus=8, nodes=2).ranks == 8
+
+
 def test_tokens_that_no_row_divides_are_refused():
     with pytest.raises(UserError, match=r"train\.base\.tokens_per_step = 100.*Nearest: 96 or 112"):
         make_plan(settings(tokens_per_step=100))
