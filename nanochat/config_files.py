@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from nanochat.config import TRAINED_STAGES, Base, Config, Settings, Stage, stage_settings
+from nanochat.command_settings import stage_settings
+from nanochat.config import TRAINED_STAGES, Base, Config, Settings, Stage
 from nanochat.errors import UserError
 from nanochat.files import write_text
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nanochat import config, hardware
+from nanochat import command_settings, config, hardware
 from nanochat.files import read_json
 from nanochat.progress import say
 from nanochat.train.batch_size import make_plan
@@ -28,7 +28,7 @@ SECONDS = 2.0  # of steps, for a row on a GPU: NVML averages over up to one
 
 
 def measure(
-    settings: config.BenchmarkSettings, gpu: hardware.Gpu | None, plan_path: str | None, compile: bool
+    settings: command_settings.BenchmarkSettings, gpu: hardware.Gpu | None, plan_path: str | None, compile: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and facts of benchmark/batch_size.json.
 
@@ -70,7 +70,7 @@ def measure(
 
 
 def _found(
-    settings: config.BenchmarkSettings, gpu: hardware.Gpu | None, plan_path: str | None
+    settings: command_settings.BenchmarkSettings, gpu: hardware.Gpu | None, plan_path: str | None
 ) -> tuple[dict[str, int], int]:
     """The search's answer for base and sft, and the tokens of base's step on one device."""
     if plan_path:
@@ -94,9 +94,13 @@ def _curve(step_rows: int) -> list[int]:
 
 
 def _plan_settings(
-    settings: config.BenchmarkSettings, stage: str, tokens_per_step: int, gpu: hardware.Gpu | None, compile: str
-) -> config.PlanSettings:
-    return config.PlanSettings(
+    settings: command_settings.BenchmarkSettings,
+    stage: str,
+    tokens_per_step: int,
+    gpu: hardware.Gpu | None,
+    compile: str,
+) -> command_settings.PlanSettings:
+    return command_settings.PlanSettings(
         stage=stage,
         model=settings.model.resolved(),
         vocab_size=settings.vocab_size,
@@ -111,7 +115,9 @@ def _plan_settings(
 
 
 @contextlib.contextmanager
-def _prober(settings: config.PlanSettings, gpu: hardware.Gpu | None) -> Iterator[Callable[[int], dict[str, Any]]]:
+def _prober(
+    settings: command_settings.PlanSettings, gpu: hardware.Gpu | None
+) -> Iterator[Callable[[int], dict[str, Any]]]:
     """A probe of some rows. On a CPU in this process: starting one takes longer than measuring."""
     if gpu is None:
         from nanochat.train import probe
@@ -123,8 +129,8 @@ def _prober(settings: config.PlanSettings, gpu: hardware.Gpu | None) -> Iterator
 
 
 def _row(
-    settings: config.BenchmarkSettings,
-    own: config.PlanSettings,
+    settings: command_settings.BenchmarkSettings,
+    own: command_settings.PlanSettings,
     gpu: hardware.Gpu | None,
     size: int,
     step_rows: int,

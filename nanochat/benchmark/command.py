@@ -29,7 +29,8 @@ import torch
 from nanochat import hardware
 from nanochat.benchmark import batch_size, compile, first_token, kv_cache, plans, roofline, serving, trainer, training
 from nanochat.benchmark.models import random_model
-from nanochat.config import Benchmark, BenchmarkSettings, Model
+from nanochat.command_settings import BenchmarkSettings
+from nanochat.config import Benchmark, Model
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
 from nanochat.files import read_json, read_settings, write_json

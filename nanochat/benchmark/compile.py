@@ -20,7 +20,7 @@ import torch
 from nanochat import hardware
 from nanochat.benchmark.models import random_model
 from nanochat.benchmark.training import STUDY_ROWS, Case, Rows, conversations_of, measure_case
-from nanochat.config import BenchmarkSettings
+from nanochat.command_settings import BenchmarkSettings
 from nanochat.model.kernels import KERNELS
 from nanochat.progress import say
 

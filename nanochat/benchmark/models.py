@@ -2,7 +2,7 @@
 
 import torch
 
-from nanochat.config import BenchmarkSettings
+from nanochat.command_settings import BenchmarkSettings
 from nanochat.model.gpt import GPT, GPTConfig
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanochat import config, hardware
+from nanochat import command_settings, config, hardware
 from nanochat.benchmark import trainer
 from nanochat.progress import say
 from nanochat.train.batch_size import make_plan
@@ -32,7 +32,9 @@ VALIDATIONS = 4
 MORE = 1.03  # rows over the named maximum that must not fit any more
 
 
-def measure(settings: config.BenchmarkSettings | None, cases: list[str], steps: int | None) -> list[dict[str, Any]]:
+def measure(
+    settings: command_settings.BenchmarkSettings | None, cases: list[str], steps: int | None
+) -> list[dict[str, Any]]:
     """The rows of benchmark/plans.json, of `cases` alone if there are any. This process makes no CUDA context."""
     gpu = next(iter(hardware.visible_gpus()), None) if settings is None or settings.benchmark.gpus else None
     if settings is None and gpu is None:
@@ -51,8 +53,8 @@ def measure(settings: config.BenchmarkSettings | None, cases: list[str], steps: 
 
 
 def _wanted(
-    settings: config.BenchmarkSettings | None, gpu: hardware.Gpu | None
-) -> Iterable[tuple[str, config.PlanSettings]]:
+    settings: command_settings.BenchmarkSettings | None, gpu: hardware.Gpu | None
+) -> Iterable[tuple[str, command_settings.PlanSettings]]:
     common: dict[str, Any] = {"stage": "base", "gpus": 1 if gpu else 0, "device_batch_size": None}
     if settings:
         length = settings.sequence_length
@@ -60,17 +62,17 @@ def _wanted(
         names = ("vocab_size", "sequence_length", "dtype", "compile")
         common |= {name: getattr(settings, name) for name in names} | {"model": settings.model.resolved()}
         common |= {"tokens_per_step": tokens, "batch_size": config.BatchSize()}
-        yield f"d{settings.model.depth}_t{length}", config.PlanSettings(**common)
+        yield f"d{settings.model.depth}_t{length}", command_settings.PlanSettings(**common)
         return
     common |= {"vocab_size": trainer.VOCAB_SIZE, "tokens_per_step": trainer.TOKENS_PER_STEP, "dtype": "auto"}
     common |= {"compile": "auto", "batch_size": config.BatchSize(max_device_batch_size=2048)}
     for depth in DEPTHS:
         for length in LENGTHS:
             sizes = config.Model(depth=depth).resolved()
-            yield f"d{depth}_t{length}", config.PlanSettings(model=sizes, sequence_length=length, **common)
+            yield f"d{depth}_t{length}", command_settings.PlanSettings(model=sizes, sequence_length=length, **common)
 
 
-def _row(wanted: config.PlanSettings, gpu: hardware.Gpu | None, folder: Path, steps: int) -> dict[str, Any]:
+def _row(wanted: command_settings.PlanSettings, gpu: hardware.Gpu | None, folder: Path, steps: int) -> dict[str, Any]:
     own = wanted.model_copy(
         update={"batch_size": wanted.batch_size.model_copy(update={"cache": str(folder / "plans")})}
     )
@@ -117,7 +119,7 @@ def _row(wanted: config.PlanSettings, gpu: hardware.Gpu | None, folder: Path, st
     }
 
 
-def _peak(settings: config.PlanSettings, gpu: hardware.Gpu | None, size: int) -> float:
+def _peak(settings: command_settings.PlanSettings, gpu: hardware.Gpu | None, size: int) -> float:
     """Bytes of a probe; infinite where it does not run."""
     with Prober(settings, settings.batch_size.probe_timeout_seconds, gpu.uuid if gpu else None, ahead=False) as probe:
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat import config, hardware
+from nanochat import command_settings, config, hardware
 from nanochat.benchmark.timing import spread
 from nanochat.data.loader import PretrainLoader
 from nanochat.data.token_shards import TokenShard, TokenShards, dtype_of
@@ -55,7 +55,7 @@ def no_gpu(name: str) -> UserError:
 
 
 def measure(
-    settings: config.BenchmarkSettings | None, plan_path: str | None, cases: list[str], steps: int | None
+    settings: command_settings.BenchmarkSettings | None, plan_path: str | None, cases: list[str], steps: int | None
 ) -> list[dict[str, Any]]:
     """The rows of benchmark/trainer.json. This process makes no CUDA context.
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def _tasks(
-    settings: config.BenchmarkSettings | None, plan_path: str | None, gpus: int, steps: int
+    settings: command_settings.BenchmarkSettings | None, plan_path: str | None, gpus: int, steps: int
 ) -> list[dict[str, Any]]:
     """What each row's process is told."""
     if settings is None:
@@ -217,9 +217,9 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
     }
 
 
-def _training_settings(task: dict[str, Any]) -> config.TrainingSettings:
+def _training_settings(task: dict[str, Any]) -> command_settings.TrainingSettings:
     """No validation unless the task says so, and no checkpoint but those that are measured."""
-    return config.TrainingSettings(
+    return command_settings.TrainingSettings(
         stage="base",
         seed=task["seed"],
         model=config.Model(**task["model"]),

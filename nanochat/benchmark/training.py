@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nanochat import hardware
 from nanochat.benchmark.timing import repeat, spread
-from nanochat.config import BenchmarkSettings
+from nanochat.command_settings import BenchmarkSettings
 from nanochat.config import Optimizer as OptimizerSettings
 from nanochat.data.conversation_files import Conversations
 from nanochat.data.packing import pack

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from nanochat import config
+from nanochat import command_settings
 from nanochat.data.chat import render
 from nanochat.data.conversation_files import write_split
 from nanochat.data.conversation_sources import Conversation, Material, make
@@ -40,12 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings = read_settings(arguments.config, config.ConversationsSettings)
+    settings = read_settings(arguments.config, command_settings.ConversationsSettings)
     build(settings, arguments.corpus, arguments.tokenizer, arguments.out)
 
 
 def build(
-    settings: config.ConversationsSettings, corpus_folder: str | Path, tokenizer_folder: str | Path, out: str | Path
+    settings: command_settings.ConversationsSettings,
+    corpus_folder: str | Path,
+    tokenizer_folder: str | Path,
+    out: str | Path,
 ) -> dict:
     """Make, split, encode and write; returns what metrics.json holds."""
     started = time.monotonic()
@@ -88,7 +91,9 @@ def build(
     return metrics
 
 
-def mixture(settings: config.ConversationsSettings, corpus: Corpus) -> tuple[list[Conversation], list[Conversation]]:
+def mixture(
+    settings: command_settings.ConversationsSettings, corpus: Corpus
+) -> tuple[list[Conversation], list[Conversation]]:
     """Training and validation conversations, each in an order drawn from the seed."""
     material = Material(corpus)
     found: list[Conversation] = []

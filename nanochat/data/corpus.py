@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.data import huggingface
 from nanochat.data.corpus_files import Shard, as_line, read_shard, write_shards
 from nanochat.data.parallel import cpus, in_order
@@ -78,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    build(read_settings(arguments.config, config.CorpusSettings), Path(arguments.out))
+    build(read_settings(arguments.config, command_settings.CorpusSettings), Path(arguments.out))
 
 
-def build(settings: config.CorpusSettings, out: Path) -> None:
+def build(settings: command_settings.CorpusSettings, out: Path) -> None:
     """Make the corpus folder, or say that it is there. Raises UserError for anything wrong with the text."""
     work = out / ".progress"
     key = _key(settings)
@@ -127,7 +127,7 @@ def text_column(settings: config.Corpus) -> str:
     return "text" if settings.source == "bundled" else settings.text_column
 
 
-def _plan(settings: config.CorpusSettings, work: Path) -> tuple[list[Unit], dict]:
+def _plan(settings: command_settings.CorpusSettings, work: Path) -> tuple[list[Unit], dict]:
     """Units in the order of the source, and where the text is from."""
     corpus = settings.corpus
     if corpus.source == "huggingface":
@@ -152,7 +152,9 @@ def _plan(settings: config.CorpusSettings, work: Path) -> tuple[list[Unit], dict
     return [Unit(number, tuple(group)) for number, group in enumerate(groups)], {"files": listed}
 
 
-def _all_units(settings: config.CorpusSettings, units: list[Unit], work: Path, threshold: float) -> list[Done]:
+def _all_units(
+    settings: command_settings.CorpusSettings, units: list[Unit], work: Path, threshold: float
+) -> list[Done]:
     """Do the units, up to `max_bytes` of text: the unit that crosses it is done again with what is left."""
     corpus = settings.corpus
     jobs = [Job(unit, str(work), text_column(corpus), settings.seed, threshold, corpus.shard_bytes) for unit in units]
@@ -236,7 +238,9 @@ def _documents(job: Job) -> Iterator[Document]:
         fetched.unlink()
 
 
-def _publish(settings: config.CorpusSettings, results: list[Done], provenance: dict, out: Path, work: Path) -> dict:
+def _publish(
+    settings: command_settings.CorpusSettings, results: list[Done], provenance: dict, out: Path, work: Path
+) -> dict:
     """Give the shards their names, gather the held-out parts in full shards, and write the manifest last."""
     (out / "manifest.json").unlink(missing_ok=True)
     for stale in (*out.glob("train-*.parquet"), *out.glob("validation-*.parquet")):
@@ -271,7 +275,7 @@ def _publish(settings: config.CorpusSettings, results: list[Done], provenance: d
     return manifest
 
 
-def _key(settings: config.CorpusSettings) -> dict:
+def _key(settings: command_settings.CorpusSettings) -> dict:
     """What the result depends on: the settings and the files as they are now. A remote revision is pinned when first seen."""
     key = {"format": FORMAT, "settings": settings.model_dump(mode="json")}
     if settings.corpus.source == "bundled":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat import config
+from nanochat import command_settings
 from nanochat.data.corpus_files import Corpus, Shard
 from nanochat.data.parallel import cpus, in_order
 from nanochat.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings = read_settings(arguments.config, config.TokensSettings)
+    settings = read_settings(arguments.config, command_settings.TokensSettings)
     build(arguments.corpus, arguments.tokenizer, arguments.out, settings.tokens.workers)
 
 

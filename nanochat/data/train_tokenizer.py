@@ -17,7 +17,7 @@ from pathlib import Path
 import rustbpe
 import tiktoken
 
-from nanochat import config
+from nanochat import command_settings
 from nanochat.data.corpus_files import Corpus
 from nanochat.data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, segments
 from nanochat.errors import UserError
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings = read_settings(arguments.config, config.TokenizerSettings).tokenizer
+    settings = read_settings(arguments.config, command_settings.TokenizerSettings).tokenizer
     corpus = Corpus.open(arguments.corpus)
     train_bytes = min(settings.train_bytes, corpus.text_bytes("train"))
     say("tokenizer", f"learning {settings.vocab_size:,} entries from {train_bytes / 1e6:,.1f} MB of text")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanochat import hardware
-from nanochat.config import EvaluationSettings
+from nanochat.command_settings import EvaluationSettings
 from nanochat.data import heldout
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer

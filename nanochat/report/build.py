@@ -10,7 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
-from nanochat.config import Cost, ReportSettings
+from nanochat.command_settings import ReportSettings
+from nanochat.config import Cost
 from nanochat.errors import UserError
 from nanochat.files import read_json, read_settings, write_json, write_text
 from nanochat.progress import say

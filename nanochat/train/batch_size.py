@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from nanochat import config, hardware
+from nanochat import command_settings, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_settings, write_json
 from nanochat.progress import say
@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings = read_settings(arguments.config, config.PlanSettings)
+    settings = read_settings(arguments.config, command_settings.PlanSettings)
     write_json(arguments.out, make_plan(settings, use_cache=not arguments.no_cache))
 
 
-def make_plan(settings: config.PlanSettings, use_cache: bool = True) -> dict[str, Any]:
+def make_plan(settings: command_settings.PlanSettings, use_cache: bool = True) -> dict[str, Any]:
     """The plan: from the settings, from what was measured before, or from a measurement, in this order.
 
     It makes no CUDA context and does not import torch: the probes' processes have the GPU to themselves, and a plan that was
@@ -96,7 +96,7 @@ def measure_again(plan: dict[str, Any], gpu_index: int | None) -> float | None:
     """
     if not plan.get("settings"):
         return None
-    settings = config.PlanSettings(**plan["settings"])
+    settings = command_settings.PlanSettings(**plan["settings"])
     uuid = None if gpu_index is None else hardware.visible_gpus()[gpu_index].uuid
     with Prober(settings, settings.batch_size.probe_timeout_seconds, uuid, ahead=False) as probe:
         try:
@@ -106,7 +106,7 @@ def measure_again(plan: dict[str, Any], gpu_index: int | None) -> float | None:
 
 
 def _search(
-    settings: config.PlanSettings, rows: int, capacity: int, measured: Measured, gpu: hardware.Gpu | None
+    settings: command_settings.PlanSettings, rows: int, capacity: int, measured: Measured, gpu: hardware.Gpu | None
 ) -> Found:
     """Search among the divisors of a step's rows, with what is known already."""
     own, length = settings.batch_size, settings.sequence_length
@@ -132,7 +132,7 @@ def _search(
         return search(probe, candidates, limit, own.max_device_batch_size, _guess(settings, limit), known)
 
 
-def _guess(settings: config.PlanSettings, limit: int) -> int:
+def _guess(settings: command_settings.PlanSettings, limit: int) -> int:
     """Rows that might fit, from the sizes alone."""
     model = settings.model
     parameters = hardware.parameter_count(model, settings.vocab_size)
@@ -144,7 +144,7 @@ def _guess(settings: config.PlanSettings, limit: int) -> int:
     return max(1, int((limit - bytes_of(0)) / (bytes_of(1) - bytes_of(0))))
 
 
-def _smallest_gpu(settings: config.PlanSettings) -> hardware.Gpu | None:
+def _smallest_gpu(settings: command_settings.PlanSettings) -> hardware.Gpu | None:
     """The visible GPU with the least memory; None where the stage trains on the CPU."""
     if not settings.gpus:
         return None
@@ -154,7 +154,7 @@ def _smallest_gpu(settings: config.PlanSettings) -> hardware.Gpu | None:
     return min(gpus, key=lambda gpu: gpu.memory_bytes)
 
 
-def _decode(settings: config.PlanSettings, capacity: int, measured: Measured) -> dict[str, Any]:
+def _decode(settings: command_settings.PlanSettings, capacity: int, measured: Measured) -> dict[str, Any]:
     """How many rows of a training row's length can be decoded side by side in the same share of the memory."""
     itemsize = {"float32": 4, "bfloat16": 2}[measured.dtype]
     sizes, length = settings.model, settings.sequence_length
@@ -170,7 +170,7 @@ def _decode(settings: config.PlanSettings, capacity: int, measured: Measured) ->
     }
 
 
-def _plan(settings: config.PlanSettings, rows: int, size: int, source: str, started: float) -> dict[str, Any]:
+def _plan(settings: command_settings.PlanSettings, rows: int, size: int, source: str, started: float) -> dict[str, Any]:
     if rows % size:
         nearest = [n for n in range(1, rows + 1) if rows % n == 0]
         raise UserError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat import config, hardware
+from nanochat import command_settings, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
 from nanochat.progress import say
@@ -89,7 +89,7 @@ def mark_as_too_large(path: str | Path, key: str, size: int) -> None:
     _merge(path, key, [{"device_batch_size": n, **failed} for n in sorted(sizes)])
 
 
-def cache_key(settings: config.PlanSettings, gpu: hardware.Gpu | None) -> str:
+def cache_key(settings: command_settings.PlanSettings, gpu: hardware.Gpu | None) -> str:
     """Digest of all that a probe depends on: sizes, dtype, compile mode, device, software, and the code of model and training.
 
     The learning rates are not in it, and of the optimizer nothing but its code decides.

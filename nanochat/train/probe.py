@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat import config, hardware
+from nanochat import command_settings, config, hardware
 from nanochat.files import read_json_lines, read_settings
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train.distributed import World
@@ -65,7 +65,7 @@ class Rows:
         return self.inputs[:rows], self.targets[:rows]
 
 
-def measure(settings: config.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
+def measure(settings: command_settings.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
     """Train some steps of `rows` rows a micro-batch; times are medians of the steps after the first ones.
 
     seconds  to measure for, at least
@@ -122,10 +122,10 @@ def measure(settings: config.PlanSettings, rows: int, seconds: float = 0.0) -> d
     }
 
 
-def training_settings(settings: config.PlanSettings, rows: int) -> config.TrainingSettings:
+def training_settings(settings: command_settings.PlanSettings, rows: int) -> command_settings.TrainingSettings:
     """Those of a training of such micro-batches, with one validation among the first steps and no checkpoint."""
     tokens = rows * settings.sequence_length
-    return config.TrainingSettings(
+    return command_settings.TrainingSettings(
         stage="base",
         seed=0,
         model=settings.model,
@@ -154,7 +154,7 @@ def _seconds_of_update(trainer: Trainer, device: torch.device) -> float:
 
 
 def main() -> int:
-    settings = read_settings(sys.argv[1], config.PlanSettings)
+    settings = read_settings(sys.argv[1], command_settings.PlanSettings)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: who is killed leaves no probe on the GPU
     line = sys.stdin.readline()
     if not line:

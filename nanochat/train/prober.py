@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanochat import config, hardware
+from nanochat import command_settings, hardware
 from nanochat.errors import UserError
 from nanochat.files import write_json
 
@@ -36,7 +36,7 @@ class Prober:
 
     def __init__(
         self,
-        settings: config.PlanSettings,
+        settings: command_settings.PlanSettings,
         timeout_seconds: float,
         device: str | None = None,
         host_bytes: int | None = None,

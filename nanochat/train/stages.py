@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from nanochat import config, hardware, version
+from nanochat import command_settings, config, hardware, version
 from nanochat.data.conversation_files import Conversations
 from nanochat.data.loader import ChatLoader, PretrainLoader, StepLoader
 from nanochat.data.token_shards import TokenShards
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = read_settings(arguments.config, config.TrainingSettings)
+    settings = read_settings(arguments.config, command_settings.TrainingSettings)
     # Without a given seed anywhere else, nothing may depend on what ran before in this process.
     torch.manual_seed(settings.seed)
     with world(settings.train.gpus) as ranks:
@@ -115,7 +115,7 @@ class Inputs:
     padding_fraction: float
 
 
-def _run(settings: config.TrainingSettings, arguments: argparse.Namespace, ranks: World) -> int:
+def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namespace, ranks: World) -> int:
     stage, train, out = settings.stage, settings.train, Path(arguments.out)
     tell = (lambda message: say(stage, message)) if ranks.leads else (lambda message: None)
     require_installed(settings.trackers)
@@ -183,7 +183,11 @@ def is_complete(out: str | Path, fingerprint: str) -> bool:
 
 
 def _inputs(
-    settings: config.TrainingSettings, arguments: argparse.Namespace, tokenizer: Tokenizer, rows: int, verify: bool
+    settings: command_settings.TrainingSettings,
+    arguments: argparse.Namespace,
+    tokenizer: Tokenizer,
+    rows: int,
+    verify: bool,
 ) -> Inputs:
     """verify  the checksums of the tokens, which are read whole for that: by one rank for all"""
     train = settings.train
@@ -228,7 +232,9 @@ def _require_tokenizer(digest: str, tokenizer: Tokenizer, folder: str, tokenizer
         )
 
 
-def _model(settings: config.TrainingSettings, arguments: argparse.Namespace, tokenizer: Tokenizer, ranks: World) -> GPT:
+def _model(
+    settings: command_settings.TrainingSettings, arguments: argparse.Namespace, tokenizer: Tokenizer, ranks: World
+) -> GPT:
     """Fresh weights for base; those of the stage before for mid and sft."""
     length = settings.train.sequence_length
     sizes = GPTConfig.from_settings(settings.model, tokenizer.vocab_size, length)
@@ -249,7 +255,7 @@ def _model(settings: config.TrainingSettings, arguments: argparse.Namespace, tok
     return model
 
 
-def _steps(settings: config.TrainingSettings, model: GPT, loader: StepLoader) -> int:
+def _steps(settings: command_settings.TrainingSettings, model: GPT, loader: StepLoader) -> int:
     """Base: tokens_per_parameter x parameters (all but the token embedding), or `steps`. Chat: epochs over the rows."""
     train = settings.train
     if isinstance(train, config.Base):
@@ -258,7 +264,7 @@ def _steps(settings: config.TrainingSettings, model: GPT, loader: StepLoader) ->
     return max(1, math.ceil(train.epochs * loader.rows_per_epoch / loader.rows_per_step))
 
 
-def _fingerprint(settings: config.TrainingSettings, checksums: dict[str, Any]) -> str:
+def _fingerprint(settings: command_settings.TrainingSettings, checksums: dict[str, Any]) -> str:
     """Digest of all that decides the weights. Neither the ranks nor the micro-batch are in it: they change only rounding."""
     decisive = settings.model_dump(mode="json", exclude=NEUTRAL_SETTINGS | {"train"})
     decisive["train"] = settings.train.model_dump(mode="json", exclude=NEUTRAL_TRAIN_SETTINGS)
@@ -266,7 +272,9 @@ def _fingerprint(settings: config.TrainingSettings, checksums: dict[str, Any]) -
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _metrics(settings: config.TrainingSettings, trainer: Trainer, ranks: World, padding_fraction: float) -> dict:
+def _metrics(
+    settings: command_settings.TrainingSettings, trainer: Trainer, ranks: World, padding_fraction: float
+) -> dict:
     """The contract's keys. tokens_per_second and mfu are of the steps alone; seconds is the wall clock of all attempts, as
     far as the checkpoints know of them."""
     history, sizes = trainer.history, trainer.model.config

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.config import TrainingSettings
+from nanochat.command_settings import TrainingSettings
 from nanochat.data.loader import StepLoader
 from nanochat.errors import UserError
 from nanochat.files import append_json_line

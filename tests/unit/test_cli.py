@@ -65,7 +65,7 @@ def test_the_rooms_import_downwards_only():
 
     floors = [
         {"files", "errors", "progress", "version"},
-        {"config", "config_files", "hardware", "settings"},
+        {"config", "command_settings", "config_files", "hardware", "settings"},
         {"data", "model", "report"},
         {"train", "infer"},
         {"evaluate", "benchmark", "check"},

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.config import Base, Config, Model, stage_settings
+from nanochat.command_settings import stage_settings
+from nanochat.config import Base, Config, Model
 from nanochat.config_files import load, load_files, render_yaml, require_writable, write_stage_settings
 from nanochat.errors import UserError
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from nanochat.config import CorpusSettings
+from nanochat.command_settings import CorpusSettings
 from nanochat.errors import UserError
 from nanochat.files import (
     append_json_line,

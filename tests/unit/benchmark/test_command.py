@@ -11,7 +11,8 @@ from nanochat.benchmark.command import compiler_fails, default_settings
 from nanochat.benchmark.models import random_model
 from nanochat.benchmark.timing import spread
 from nanochat.cli import main
-from nanochat.config import Benchmark, BenchmarkSettings, Model
+from nanochat.command_settings import BenchmarkSettings
+from nanochat.config import Benchmark, Model
 
 TINY = BenchmarkSettings(
     seed=1,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.data import corpus, token_shards, train_tokenizer
 from nanochat.data.corpus_files import Corpus
 from nanochat.data.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from nanochat.data.tokenizer import Tokenizer
 def corpus_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     settings = config.Corpus(source="bundled", validation_fraction=0.05, shard_bytes=1_500_000, max_bytes=5_000_000)
-    corpus.build(config.CorpusSettings(seed=1, corpus=settings), folder)
+    corpus.build(command_settings.CorpusSettings(seed=1, corpus=settings), folder)
     return folder
 
 
@@ -52,8 +52,8 @@ def data_folder() -> Path:
 def directory_settings():
     """Settings of a corpus of one's own files."""
 
-    def make(*paths: Path | str, **changes) -> config.CorpusSettings:
+    def make(*paths: Path | str, **changes) -> command_settings.CorpusSettings:
         values = {"source": "directory", "paths": [str(path) for path in paths], "validation_fraction": 0.2, **changes}
-        return config.CorpusSettings(seed=1, corpus=config.Corpus(**values))
+        return command_settings.CorpusSettings(seed=1, corpus=config.Corpus(**values))
 
     return make

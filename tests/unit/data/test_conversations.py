@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.cli import main
 from nanochat.data import conversations, corpus
 from nanochat.data.chat import parts_of, require_format, text_of
@@ -31,7 +31,7 @@ def material(corpus_folder):
 
 @pytest.fixture(scope="module")
 def mixed(corpus_folder):
-    settings = config.ConversationsSettings(stage="mid", seed=1, mixture=MIXTURE)
+    settings = command_settings.ConversationsSettings(stage="mid", seed=1, mixture=MIXTURE)
     return conversations.mixture(settings, Corpus.open(corpus_folder))
 
 
@@ -66,7 +66,7 @@ def test_validation_keys_are_not_trained_on_in_any_wording(mixed):
 def test_mid_and_sft_hold_out_the_same(corpus_folder):
     sides = {}
     for stage in ("mid", "sft"):
-        settings = config.ConversationsSettings(stage=stage, seed=1, mixture=config._sources(spelling=2000))
+        settings = command_settings.ConversationsSettings(stage=stage, seed=1, mixture=config._sources(spelling=2000))
         sides[stage] = conversations.mixture(settings, Corpus.open(corpus_folder))
     for one, other in (("mid", "sft"), ("sft", "mid")):
         trained = {c.key for c in sides[one][0]}
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_and_another_does_not(corpus_folder, mixed)
     def plain(pair):
         return [[c.messages for c in side] for side in pair]
 
-    settings = config.ConversationsSettings(stage="mid", seed=1, mixture=MIXTURE)
+    settings = command_settings.ConversationsSettings(stage="mid", seed=1, mixture=MIXTURE)
     assert plain(conversations.mixture(settings, Corpus.open(corpus_folder))) == plain(mixed)
     other = settings.model_copy(update={"seed": 2})
     assert plain(conversations.mixture(other, Corpus.open(corpus_folder))) != plain(mixed)
@@ -166,7 +166,7 @@ def test_a_corpus_without_metadata_skips_the_facts_with_a_word(tmp_path, directo
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"Some text number {i}."}) + "\n" for i in range(50)))
     corpus.build(directory_settings(tmp_path / "a.jsonl"), tmp_path / "corpus")
     opened = Corpus.open(tmp_path / "corpus")
-    settings = config.ConversationsSettings(
+    settings = command_settings.ConversationsSettings(
         stage="sft", seed=1, mixture=config._sources(corpus_facts=None, identity=20)
     )
     train, _ = conversations.mixture(settings, opened)
@@ -179,7 +179,7 @@ def test_a_mixture_that_gives_nothing_is_an_error(tmp_path, directory_settings):
     corpus.build(directory_settings(tmp_path / "a.jsonl"), tmp_path / "corpus")
     merges = [bytes([i]) for i in range(256)]
     Tokenizer(merges, Corpus.open(tmp_path / "corpus").sha256).save(tmp_path / "tokenizer")
-    settings = config.ConversationsSettings(stage="sft", seed=1, mixture=config._sources(corpus_facts=None))
+    settings = command_settings.ConversationsSettings(stage="sft", seed=1, mixture=config._sources(corpus_facts=None))
     with pytest.raises(UserError, match=r"train\.sft\.mixture: gives no conversations from this corpus"):
         conversations.build(settings, tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "out")
 

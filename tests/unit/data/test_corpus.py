@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.data import corpus
 from nanochat.data.corpus_files import Corpus
 from nanochat.errors import UserError
@@ -26,7 +26,7 @@ def write_jsonl(path, documents):
 
 def test_bundled_corpus_is_the_249_messages_with_their_metadata(tmp_path):
     settings = config.Corpus(source="bundled", validation_fraction=0.05)
-    corpus.build(config.CorpusSettings(seed=1337, corpus=settings), tmp_path)
+    corpus.build(command_settings.CorpusSettings(seed=1337, corpus=settings), tmp_path)
     opened = Corpus.open(tmp_path)
     documents = [d for split in ("train", "validation") for d in opened.documents(split)]
     assert len(documents) == opened.manifest["documents"] == 249
@@ -80,7 +80,7 @@ def test_max_bytes_is_a_bound_that_is_nearly_reached(corpus_folder):
 
 def test_the_same_settings_give_the_same_manifest(tmp_path, corpus_folder):
     settings = config.Corpus(source="bundled", validation_fraction=0.05, shard_bytes=1_500_000, max_bytes=5_000_000)
-    corpus.build(config.CorpusSettings(seed=1, corpus=settings), tmp_path)
+    corpus.build(command_settings.CorpusSettings(seed=1, corpus=settings), tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == (corpus_folder / "manifest.json").read_bytes()
 
 

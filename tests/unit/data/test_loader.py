@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.data import conversations
 from nanochat.data.conversation_files import Conversations
 from nanochat.data.loader import ChatLoader, PretrainLoader, permuted
@@ -24,7 +24,7 @@ def shards(tokens_folder):
 def chats(corpus_folder, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     mixture = config._sources(identity=100, spelling=200, arithmetic=200)
-    settings = config.ConversationsSettings(stage="sft", seed=1, mixture=mixture)
+    settings = command_settings.ConversationsSettings(stage="sft", seed=1, mixture=mixture)
     conversations.build(settings, corpus_folder, tokenizer_folder, folder)
     return folder
 
@@ -124,7 +124,7 @@ def test_loss_is_on_what_the_assistant_says(chats, tokenizer):
 
 def test_an_empty_split_is_named(corpus_folder, tokenizer_folder, tmp_path):
     mixture = config._sources(arithmetic=1)
-    settings = config.ConversationsSettings(stage="sft", seed=1, mixture=mixture)
+    settings = command_settings.ConversationsSettings(stage="sft", seed=1, mixture=mixture)
     conversations.build(settings, corpus_folder, tokenizer_folder, tmp_path)
     with pytest.raises(UserError, match="holds no validation conversations"):
         ChatLoader(tmp_path, 1, 64, split="validation")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.config_files import name_origin
 from nanochat.data import corpus
 from nanochat.data import preflight as module
@@ -107,7 +107,7 @@ def test_a_vocabulary_that_the_text_cannot_give_and_the_number_is_exact(folder, 
     good = settings(folder, vocab_size=achievable)
     preflight(good)
     # The stage agrees.
-    corpus.build(config.CorpusSettings(seed=good.seed, corpus=good.corpus), tmp_path / "corpus")
+    corpus.build(command_settings.CorpusSettings(seed=good.seed, corpus=good.corpus), tmp_path / "corpus")
     opened = Corpus.open(tmp_path / "corpus")
     with pytest.raises(UserError, match=rf"gives {achievable:,} entries"):
         learn(sample(opened, 10**9), achievable + 1)
@@ -128,7 +128,7 @@ def test_too_small_for_one_training_step(folder):
 def test_its_verdict_on_the_validation_row_is_the_stages(folder, tmp_path):
     """The longest row that passes is the longest that the encoded validation split holds."""
     good = settings(folder)
-    corpus.build(config.CorpusSettings(seed=good.seed, corpus=good.corpus), tmp_path / "corpus")
+    corpus.build(command_settings.CorpusSettings(seed=good.seed, corpus=good.corpus), tmp_path / "corpus")
     opened = Corpus.open(tmp_path / "corpus")
     Tokenizer(learn(sample(opened, 10**9), 300), opened.sha256).save(tmp_path / "tokenizer")
     tokens = build(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "tokens")["validation_tokens"]

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from nanochat.cli import main
-from nanochat.config import Config, stage_settings
+from nanochat.command_settings import stage_settings
+from nanochat.config import Config
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.files import save_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_support import LENGTH, MODEL, VOCAB
 
-from nanochat import config, hardware
+from nanochat import command_settings, config, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
 from nanochat.model.gpt import GPT, GPTConfig
@@ -24,9 +24,9 @@ GIB = 2**30
 GPU = hardware.Gpu("GPU-1", "Imagined 80GB", 80 * GIB, "580.1")
 
 
-def settings(cache: Path | str = "", **values) -> config.PlanSettings:
+def settings(cache: Path | str = "", **values) -> command_settings.PlanSettings:
     own = {"cache": str(cache)} | values.pop("batch_size", {})
-    return config.PlanSettings(
+    return command_settings.PlanSettings(
         **{
             "stage": "base",
             "model": MODEL.resolved(),
@@ -77,7 +77,7 @@ def device(monkeypatch):
     return device
 
 
-def on_gpu(cache: Path | str = "", rows: int = 256, **values) -> config.PlanSettings:
+def on_gpu(cache: Path | str = "", rows: int = 256, **values) -> command_settings.PlanSettings:
     return settings(cache, gpus=1, tokens_per_step=rows * LENGTH, **values)
 
 

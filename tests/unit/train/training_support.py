@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from nanochat import config
+from nanochat import command_settings, config
 from nanochat.files import read_json_lines, sha256, write_json
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train.distributed import World
@@ -45,11 +45,11 @@ class PlainLoader:
         return inputs.astype(np.int64), targets.astype(np.int64)
 
 
-def training_settings(**train: Any) -> config.TrainingSettings:
+def training_settings(**train: Any) -> command_settings.TrainingSettings:
     top = {key: train.pop(key) for key in ("on_nonfinite", "seed", "dtype", "compile", "trackers") if key in train}
     values = {"gpus": 0, "sequence_length": LENGTH, "tokens_per_step": ROWS * LENGTH, "checkpoint_every_seconds": 1e9}
     values |= {"validate_every_steps": 4, "validation_tokens": 64, "warmup_fraction": 0.2, **train}
-    return config.TrainingSettings(
+    return command_settings.TrainingSettings(
         **{"stage": "base", "seed": 3, "dtype": "float32", "compile": "off", "on_nonfinite": "stop"} | top,
         model=MODEL.resolved(),
         vocab_size=VOCAB,

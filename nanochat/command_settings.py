@@ -1,0 +1,145 @@
+"""What each command receives, cut out of the settings of a run: a stage depends on its own and nothing global."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nanochat.config import (
+    TRAINED_STAGES,
+    Base,
+    BatchSize,
+    Benchmark,
+    ChatStage,
+    Config,
+    Corpus,
+    Cost,
+    Evaluate,
+    Model,
+    Optimizer,
+    Settings,
+    Source,
+    Tokenizer,
+    Tokens,
+)
+
+
+class CorpusSettings(Settings):
+    seed: int
+    corpus: Corpus
+
+
+class TokenizerSettings(Settings):
+    tokenizer: Tokenizer
+    text_column: str
+
+
+class TokensSettings(Settings):
+    tokens: Tokens
+
+
+class ConversationsSettings(Settings):
+    stage: Literal["mid", "sft"]
+    seed: int
+    mixture: list[Source]
+
+
+class PlanSettings(Settings):
+    """Only what decides how much memory and time a micro-batch takes."""
+
+    stage: Literal["base", "mid", "sft"]
+    model: Model
+    vocab_size: int
+    gpus: int
+    ranks: int = 1  # processes that share a step; never fewer than GPUs
+    sequence_length: int
+    tokens_per_step: int
+    device_batch_size: int | None
+    dtype: Literal["auto", "bfloat16", "float32"]
+    compile: Literal["auto", "on", "off"]
+    batch_size: BatchSize
+
+
+class TrainingSettings(Settings):
+    stage: Literal["base", "mid", "sft"]
+    seed: int
+    model: Model
+    vocab_size: int
+    dtype: Literal["auto", "bfloat16", "float32"]
+    compile: Literal["auto", "on", "off"]
+    on_nonfinite: Literal["stop", "skip"]
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([])
+    optimizer: Optimizer
+    train: Base | ChatStage
+
+
+class EvaluationSettings(Settings):
+    seed: int
+    dtype: Literal["auto", "bfloat16", "float32"]
+    evaluate: Evaluate
+
+
+class BenchmarkSettings(Settings):
+    seed: int
+    model: Model
+    vocab_size: int
+    sequence_length: int
+    dtype: Literal["auto", "bfloat16", "float32"]
+    compile: Literal["auto", "on", "off"]
+    benchmark: Benchmark
+
+
+class ReportSettings(Settings):
+    cost: Cost
+
+
+def stage_settings(config: Config) -> dict[str, Settings]:
+    """What each stage depends on; a key is the name of its file below `results/config/`."""
+    model, train = config.model.resolved(), config.train
+    settings: dict[str, Settings] = {
+        "corpus": CorpusSettings(seed=config.seed, corpus=config.corpus),
+        "tokenizer": TokenizerSettings(tokenizer=config.tokenizer, text_column=config.corpus.text_column),
+        "tokens": TokensSettings(tokens=config.tokens),
+        "evaluate": EvaluationSettings(seed=config.seed, dtype=train.dtype, evaluate=config.evaluate),
+        "benchmark": BenchmarkSettings(
+            seed=config.seed,
+            model=model,
+            vocab_size=config.tokenizer.vocab_size,
+            sequence_length=train.base.sequence_length,
+            dtype=train.dtype,
+            compile=train.compile,
+            benchmark=config.benchmark,
+        ),
+        "report": ReportSettings(cost=config.cost),
+    }
+    for stage in TRAINED_STAGES:
+        own: Base | ChatStage = getattr(train, stage)
+        settings[f"batch_size_{stage}"] = PlanSettings(
+            stage=stage,
+            model=model,
+            vocab_size=config.tokenizer.vocab_size,
+            gpus=own.gpus,
+            ranks=own.ranks,
+            sequence_length=own.sequence_length,
+            tokens_per_step=own.tokens_per_step,
+            device_batch_size=own.device_batch_size,
+            dtype=train.dtype,
+            compile=train.compile,
+            batch_size=config.batch_size,
+        )
+        settings[stage] = TrainingSettings(
+            stage=stage,
+            seed=config.seed,
+            model=model,
+            vocab_size=config.tokenizer.vocab_size,
+            dtype=train.dtype,
+            compile=train.compile,
+            on_nonfinite=train.on_nonfinite,
+            trackers=train.trackers,
+            optimizer=train.optimizer,
+            train=own,
+        )
+        if not isinstance(own, Base):
+            settings[f"conversations_{stage}"] = ConversationsSettings(
+                stage=stage, seed=config.seed, mixture=own.mixture
+            )
+    return settings
