@@ -66,23 +66,21 @@ def measure(
     """
     gpus = len(hardware.visible_gpus())
     if settings is None and not gpus:
-        raise UserError(
-            "benchmark trainer: no GPU here. Give settings for a CPU: --config results/config/benchmark.json"
-        )
+        raise no_gpu("trainer")
     gpus = min(gpus, settings.benchmark.gpus) if settings else gpus
     rows = []
     for task in _tasks(settings, plan_path, gpus, steps or STEPS["cuda" if gpus else "cpu"]):
         if cases and task["case"] not in cases:
             continue
-        one = _measured(task | {"gpus": min(gpus, 1)})
-        rows.append({"case": task["case"], **one, "efficiency": None})
-        for case, factor in ((f"{task['case']}_wide", gpus), (f"{task['case']}_split", 1)) if gpus > 1 else ():
-            more = {"gpus": gpus, "tokens_per_step": task["tokens_per_step"] * factor}
-            several = _measured(task | more, cold=False)
-            efficiency = several["tokens_per_second"] / (gpus * one["tokens_per_second"])
-            rows.append({"case": case, **several, "efficiency": efficiency})
-        for row in rows[-3 if gpus > 1 else -1 :]:
-            say("benchmark trainer", f"{row['case']}, {row['gpus']} GPU(s): {row['tokens_per_second']:,.0f} tokens/s")
+        with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
+            rows.append(_compiled_before(task | {"gpus": min(gpus, 1)}, caches))
+            alone = rows[-1]["tokens_per_second"]
+            for name, factor in (("wide", gpus), ("split", 1)) if gpus > 1 else ():
+                more = {"gpus": gpus, "tokens_per_step": factor * task["tokens_per_step"]}
+                row = in_processes(task | more | {"case": f"{task['case']}_{name}"}, caches)
+                rows.append(row | {"efficiency": row["tokens_per_second"] / (gpus * alone)})
+    for row in rows:
+        say("benchmark trainer", f"{row['case']}, {row['gpus']} GPU(s): {row['tokens_per_second']:,.0f} tokens/s")
     return rows
 
 
@@ -108,15 +106,11 @@ def _tasks(
     return [task | {"steps": steps}]
 
 
-def _measured(task: dict[str, Any], cold: bool = True) -> dict[str, Any]:
-    """A row, and what compiling took with empty and with filled caches; `cold` False: with filled ones only."""
-    with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
-        first = in_processes(task | {"steps": 0}, caches) if cold and task["compile"] != "off" else None
-        row = in_processes(task, caches if cold else None)
-    return row | {
-        "compile_seconds": first["compile_seconds"] if first and row["compile"] else None,
-        "compile_warm_seconds": row["compile_seconds"] if row["compile"] else None,
-    }
+def _compiled_before(task: dict[str, Any], caches: str) -> dict[str, Any]:
+    """A row, from the second process; the first fills the empty folder `caches`."""
+    cold = in_processes(task | {"steps": 0}, caches)["compile_seconds"] if task["compile"] != "off" else None
+    row = in_processes(task, caches)
+    return row | {"compile_seconds": cold if row["compile"] else None, "efficiency": None}
 
 
 def in_processes(task: dict[str, Any], caches: str | None, ranks: int | None = None) -> dict[str, Any]:
@@ -178,9 +172,8 @@ def measured(task: dict[str, Any], ranks: World) -> dict[str, Any]:
 
 def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: hardware.GpuUtilization) -> dict[str, Any]:
     history, ranks, sizes = trainer.history, trainer.world, trainer.model.config
-    row = {"compile": trainer.compiled, "compile_seconds": history.compile_seconds}
     if not task["steps"]:
-        return row
+        return {"compile_seconds": history.compile_seconds}
     first = WARM_STEPS - 1  # a step lasts from the line before it to its own
     lasted = [after["time"] - before["time"] for before, after in zip(lines[first:], lines[first + 1 :], strict=False)]
     after_save = lasted.pop(trainer.save_at - WARM_STEPS)
@@ -191,7 +184,8 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
     )
     peak = hardware.peak_flops(hardware.device_name(ranks.device), trainer.model.compute_dtype)
     timed = lines[WARM_STEPS:]
-    return row | {
+    return {
+        "case": task["case"],
         "gpus": task["gpus"],
         "depth": sizes.depth,
         "width": sizes.width,
@@ -201,6 +195,9 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
         "tokens_per_step": task["tokens_per_step"],
         "sequence_length": task["sequence_length"],
         "vocab_size": task["vocab_size"],
+        "compile": trainer.compiled,
+        "compile_seconds": None,
+        "compile_warm_seconds": history.compile_seconds if trainer.compiled else None,
         "tokens_per_second": rate,
         "real_tokens_per_second": rate,  # text end to end: no padding
         "mfu": rate * flops / (peak * ranks.size) if peak else None,
