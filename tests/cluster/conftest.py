@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests are imported by path: this is how they find their helpers
-from slurm_lab import SYSTEM_PATH, Driver, Lab  # noqa: E402
+from slurm_lab import MEASURED, SYSTEM_PATH, Driver, Lab, recoveries  # noqa: E402
 
 DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")
 
@@ -51,7 +51,7 @@ def cluster(lab):
 
 
 @pytest.fixture
-def run(cluster, tmp_path):
+def run(cluster, tmp_path, request):
     """`run(snakefile, *arguments, resources=...)` starts a driver; what is left of it at the end is killed."""
     drivers = []
     for name in ("trainer.py",):
@@ -67,3 +67,13 @@ def run(cluster, tmp_path):
         if driver.process.poll() is None:
             driver.process.kill()
             driver.process.wait()
+    if drivers:
+        MEASURED.extend((request.node.name, line) for line in recoveries(drivers[-1].attempts()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What each fault cost, and the other numbers that the tests took: they are why these tests exist."""
+    if MEASURED:
+        terminalreporter.section("measured on this cluster")
+        for name, line in MEASURED:
+            terminalreporter.write_line(f"{name.removeprefix('test_').replace('_', ' ')}: {line}")

@@ -1,5 +1,6 @@
 """What the cluster tests share: the cluster's commands, a Snakemake run in the background, and how to compare with sacct."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from snakemake_executor_plugin_submitit import ledger
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SYSTEM_PATH = "/usr/sbin:/sbin"
+MEASURED: list[tuple[str, str]] = []  # (test, what it measured), shown when all tests have run
 
 
 class Lab:
@@ -107,6 +109,19 @@ class Driver:
         """SLURM's state of the newest job of a rule."""
         job_id = self.job_id(rule)
         return job_id and self.lab.call("squeue", "-h", "-j", job_id, "-t", "all", "-o", "%T", check=False)
+
+
+def recoveries(attempts: list[dict]) -> list[str]:
+    """For each attempt that another one followed: how it ended, and the seconds until the next one started."""
+    works: dict[str, list[dict]] = {}
+    for record in attempts:
+        works.setdefault(f"{record['rule']} {record['wildcards']}", []).append(record)
+    return [
+        f"{before['state']} (exit code {before['exit_code']}), {after['started'] - before['ended']:.0f} s to the next start"
+        for records in works.values()
+        for before, after in itertools.pairwise(records)
+        if before["ended"] and after["started"]
+    ]
 
 
 def wait_until(condition, seconds: float, what: str, pause: float = 0.3):

@@ -3,11 +3,10 @@
 import os
 import signal
 import stat
-import sys
 import time
 
 import pytest
-from slurm_lab import assert_agrees_with_sacct, wait_until
+from slurm_lab import MEASURED, assert_agrees_with_sacct, wait_until
 
 SLEEPS = """
 rule all:
@@ -180,8 +179,8 @@ def test_slurmctld_killed_and_restarted(run, cluster):
 
 
 @pytest.mark.slow
-def test_two_hundred_jobs(run, cluster, tmp_path):
-    """Prints jobs per minute and how often SLURM was asked, counted by wrappers on the path."""
+def test_two_hundred_jobs(run, cluster, tmp_path, request):
+    """Measures jobs per minute and how often SLURM is asked, counted by wrappers on the path."""
     wrappers = tmp_path / "bin"
     wrappers.mkdir()
     for name in ("squeue", "sacct", "sbatch"):
@@ -198,7 +197,7 @@ def test_two_hundred_jobs(run, cluster, tmp_path):
     driver.succeeds(600)
     elapsed = time.time() - driver.started
     calls = {path.stem: len(path.read_text().split()) for path in wrappers.glob("*.calls")}
-    print(f"\n200 jobs in {elapsed:.0f} s: {200 / elapsed * 60:.0f} jobs/minute; calls: {calls}", file=sys.stderr)
+    MEASURED.append((request.node.name, f"{elapsed:.0f} s, {200 / elapsed * 60:.0f} jobs a minute; calls of {calls}"))
     assert calls["sbatch"] == 200
     assert calls["squeue"] < 100
     assert calls["sacct"] < 100
