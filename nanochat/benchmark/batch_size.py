@@ -10,6 +10,7 @@ optimizer steps, `forward_backward_tokens_per_second` of micro-steps alone, as t
 """
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,7 +123,11 @@ def _prober(
     if gpu is None:
         from nanochat.train import probe
 
-        yield lambda size: probe.measure(settings, size)
+        def measured(size: int) -> dict[str, Any]:
+            with contextlib.redirect_stderr(io.StringIO()):  # the steps of a probe are no progress of this run
+                return probe.measure(settings, size)
+
+        yield measured
         return
     with Prober(settings, settings.batch_size.probe_timeout_seconds, gpu.uuid) as prober:
         yield lambda size: prober(size, SECONDS)

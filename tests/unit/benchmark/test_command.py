@@ -66,12 +66,13 @@ def test_the_file_keeps_the_contract(name, written):
         assert row.keys() >= set(COLUMNS[name].split())
 
 
-def test_the_sweep_says_how_good_the_plan_is(tmp_path):
+def test_the_sweep_says_how_good_the_plan_is(tmp_path, capfd):
     plan = {"device_batch_size": 2, "tokens_per_step": 6 * 64, "gpus": 0}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "config.json").write_text(TINY.model_dump_json())
     where = ["--config", str(tmp_path / "config.json"), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path)]
     assert main(["benchmark", "batch-size", *where]) == 0
+    assert "step 1/" not in capfd.readouterr().err  # a probe's steps are none of this run's
     content = json.loads((tmp_path / "batch_size.json").read_text())
     speeds = {row["device_batch_size"]: row["tokens_per_second"] for row in content["rows"] if row["case"] == "curve"}
     assert set(speeds) == {2, 3, 4, 6}
