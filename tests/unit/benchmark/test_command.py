@@ -66,6 +66,11 @@ def test_the_file_keeps_the_contract(name, written):
         assert row.keys() >= set(COLUMNS[name].split())
 
 
+def test_a_row_names_the_kernels_that_ran(written):
+    if not torch.cuda.is_available():
+        assert {row["kernels"] for row in written["compile"]["rows"]} == {"none"}
+
+
 def test_the_sweep_says_how_good_the_plan_is(tmp_path, capfd):
     plan = {"device_batch_size": 2, "tokens_per_step": 6 * 64, "gpus": 0}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
