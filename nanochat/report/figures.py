@@ -405,7 +405,7 @@ def _smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def _restarts(found: Collected, stage: str) -> list[int]:
-    """Steps at which the log goes back, or at which another attempt goes on."""
+    """Steps at which the log goes back, or at which another attempt goes on; not the first one: there a stage was begun anew."""
     log = found.steps[stage]
     back = [step.step for before, step in itertools.pairwise(log) if step.step <= before.step]
     starts = sorted(one.started for one in found.attempts if one.stage == stage and one.started is not None)
@@ -415,7 +415,7 @@ def _restarts(found: Collected, stage: str) -> list[int]:
         for before, step in itertools.pairwise(timed)
         if any(before.ended < start <= step.ended for start in starts)
     ]
-    return sorted({*back, *later})
+    return sorted(step for step in {*back, *later} if step > 1)
 
 
 def _state(one: Any) -> tuple[str, str, str | None]:

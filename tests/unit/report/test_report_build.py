@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from report_run import write_run
 from nanochat.cli import main
 from nanochat.config import Cost
 from nanochat.errors import UserError
+from nanochat.report import figures
 from nanochat.report.build import build, headline
 from nanochat.report.collect import collect
 from nanochat.report.numbers import DASH, amount, duration, show, size, tidy
@@ -278,3 +280,9 @@ def test_a_number_is_short_or_absent(value):
 )
 def test_numbers_read_well(text, expected):
     assert text == expected
+
+
+@pytest.mark.parametrize(("written", "marked"), [([1, 2, 3, 2, 3], [2]), ([1, 2, 3, 1, 2], []), ([1, 2, 3], [])])
+def test_a_stage_begun_anew_did_not_go_on_from_a_checkpoint(written, marked):
+    log = [SimpleNamespace(step=step, ended=None, survives=True) for step in written]
+    assert figures._restarts(SimpleNamespace(steps={"sft": log}, attempts=[]), "sft") == marked
