@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
+ADDITIONS = ("value_embeddings", "scalars", "smear", "backout")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -103,6 +104,10 @@ class Model(Settings):
         15.0, gt=0, description="Logits are squashed to this range: softcap x tanh(logits / softcap)."
     )
     rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary embedding's frequencies.")
+
+    additions: list[Literal["value_embeddings", "scalars", "smear", "backout"]] = Field(
+        [], description="What the model has beside the plain transformer."
+    )
 
     def resolved(self) -> "Model":
         """The same model with `width`, `heads` and `kv_heads` filled in."""

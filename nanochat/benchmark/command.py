@@ -6,6 +6,7 @@ trainer      the trainer as it runs: loader, update and checkpoints included, co
 batch_size   speed, memory and utilisation over the rows of a micro-batch, and whether the plan's choice is the best one
 plans        whether batch-size plans hold: how long the search takes, whether its maximum is one, whether training fits
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
+ablation     what the model's additions give in the same time: trains with and without each of them
 first_token  do several samples of one prompt draw their first token independently?
 
 Reads  --config, --plan, --model, --tokenizer, --conversations, each of them optional: without settings the study's shape (on a
@@ -22,12 +23,24 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from nanochat import hardware
-from nanochat.benchmark import batch_size, compile, first_token, kv_cache, plans, roofline, serving, trainer, training
+from nanochat.benchmark import (
+    ablation,
+    batch_size,
+    compile,
+    first_token,
+    kv_cache,
+    plans,
+    roofline,
+    serving,
+    trainer,
+    training,
+)
 from nanochat.benchmark.models import random_model
 from nanochat.command_settings import BenchmarkSettings
 from nanochat.config import Benchmark, Model
@@ -41,7 +54,7 @@ from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "first_token")
+NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "first_token", "ablation")
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
 RANDOM_CONVERSATIONS = "random tokens of usual lengths"
@@ -61,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, help="trainer, plans: steps of a row; default: 50 and 200, on a CPU 6 and 4"
     )
-    parser.add_argument("--case", action="append", default=[], help="trainer, plans: only this row (d12, d12_t2048)")
+    parser.add_argument(
+        "--case", action="append", default=[], help="trainer, plans, ablation: only this row (d12, d12_t2048)"
+    )
+    parser.add_argument("--tokens", help="ablation: folder of the token shards")
+    parser.add_argument("--seconds", type=float, default=ablation.SECONDS, help="ablation: training time of a row")
     parser.add_argument("--out", required=True, help="folder to write to")
 
 
@@ -85,26 +102,38 @@ def run(arguments: argparse.Namespace) -> None:
         "compile": run_compile,
         "kv_cache": run_kv_cache,
         "first_token": run_first_token,
+        "ablation": run_ablation,
     }[arguments.name]
     torch.manual_seed(settings.seed)
     rows, facts = measurement(settings, device, compiles, arguments)
-    write_json(
-        Path(arguments.out) / f"{arguments.name}.json",
-        {
-            "name": arguments.name,
-            "device": hardware.device_name(device),
-            "gpus": 1 if device.type == "cuda" else 0,
-            "torch": torch.__version__,
-            "commit": commit(),
-            "command": "nanochat " + " ".join(sys.argv[1:]),
-            "dtype": str(hardware.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
-            "seconds": time.monotonic() - started,
-            "notes": notes,
-            **facts,
-            "rows": rows,
-        },
-    )
-    say(f"benchmark {arguments.name}", f"wrote {Path(arguments.out) / f'{arguments.name}.json'}")
+    facts = {
+        "dtype": str(hardware.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
+        "notes": notes,
+        **facts,
+    }
+    write(arguments, hardware.device_name(device), 1 if device.type == "cuda" else 0, started, facts, rows)
+
+
+def write(
+    arguments: argparse.Namespace, device: str, gpus: int, started: float, facts: dict, rows: Iterable[dict]
+) -> None:
+    """Write --out/NAME.json, anew after each of the rows: what was measured before an end that comes early is kept."""
+    path, done = Path(arguments.out) / f"{arguments.name}.json", []
+    content = {
+        "name": arguments.name,
+        "device": device,
+        "gpus": gpus,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": "nanochat " + " ".join(sys.argv[1:]),
+        **facts,
+    }
+    for row in rows:
+        done.append(row)
+        write_json(path, content | {"seconds": time.monotonic() - started, "rows": done})
+    if not done:
+        write_json(path, content | {"seconds": time.monotonic() - started, "rows": []})
+    say(f"benchmark {arguments.name}", f"wrote {path}")
 
 
 def run_in_processes(arguments: argparse.Namespace) -> None:
@@ -125,20 +154,7 @@ def run_in_processes(arguments: argparse.Namespace) -> None:
         gpus = gpus[:1]
         compiles = settings.compile == "on" or (settings.compile == "auto" and bool(gpus))
         rows, facts = batch_size.measure(settings, gpus[0] if gpus else None, arguments.plan, compiles)
-    path = Path(arguments.out) / f"{arguments.name}.json"
-    content = {
-        "name": arguments.name,
-        "device": gpus[0].name if gpus else hardware.cpu_name(),
-        "gpus": len(gpus),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": "nanochat " + " ".join(sys.argv[1:]),
-        "seconds": time.monotonic() - started,
-        **facts,
-        "rows": rows,
-    }
-    write_json(path, content)
-    say(f"benchmark {arguments.name}", f"wrote {path}")
+    write(arguments, gpus[0].name if gpus else hardware.cpu_name(), len(gpus), started, facts, rows)
 
 
 def run_training(
@@ -233,6 +249,17 @@ def run_first_token(
     rows = first_token.measure(engine, prompt, FIRST_TOKEN_SAMPLES, settings.seed)
     say("benchmark first_token", ", ".join(f"{row['case']}: p = {row['p_value']:.3g}" for row in rows))
     return rows, {"prompt": FIRST_TOKEN_PROMPT if arguments.tokenizer else "random tokens"}
+
+
+def run_ablation(
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
+) -> tuple[Iterable[dict], dict]:
+    """Rows and facts of ablation.json."""
+    if not (arguments.tokens and arguments.tokenizer):
+        raise UserError("benchmark ablation: give --tokens and --tokenizer, the folders of those stages.")
+    setup = ablation.setup_for(settings if arguments.config else None, device)
+    rows = ablation.measure(setup, device, arguments.tokens, arguments.tokenizer, arguments.case, arguments.seconds)
+    return rows, {"tokens": arguments.tokens, "seconds_a_row": arguments.seconds}
 
 
 def default_settings(device: torch.device) -> BenchmarkSettings:

@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,20 @@ MORE = 1.03  # rows over the named maximum that must not fit any more
 
 def measure(
     settings: command_settings.BenchmarkSettings | None, cases: list[str], steps: int | None
-) -> list[dict[str, Any]]:
-    """The rows of benchmark/plans.json, of `cases` alone if there are any. This process makes no CUDA context."""
+) -> Iterator[dict[str, Any]]:
+    """The rows of benchmark/plans.json, one by one, of `cases` alone if there are any. This process makes no CUDA context."""
     gpu = next(iter(hardware.visible_gpus()), None) if settings is None or settings.benchmark.gpus else None
     if settings is None and gpu is None:
         raise trainer.no_gpu("plans")
-    rows = []
     for case, wanted in _wanted(settings, gpu):
         if cases and case not in cases:
             continue
         with tempfile.TemporaryDirectory(prefix="nanochat-plans-") as folder:
-            rows.append({"case": case, **_row(wanted, gpu, Path(folder), steps or STEPS["cuda" if gpu else "cpu"])})
-        row = rows[-1]
+            row = {"case": case, **_row(wanted, gpu, Path(folder), steps or STEPS["cuda" if gpu else "cpu"])}
         ends = "out of memory" if row["out_of_memory"] else f"{row['steps']} steps without running out of memory"
         took = f"searched in {row['seconds_cold']:.0f} s cold, {row['seconds_warm']:.0f} s warm"
         say("benchmark plans", f"{case}: {row['device_batch_size']} rows, {took}; {ends}")
-    return rows
+        yield row
 
 
 def _wanted(
@@ -82,6 +80,7 @@ def _row(wanted: command_settings.PlanSettings, gpu: hardware.Gpu | None, folder
             started = time.monotonic()
             plan = make_plan(own, use_cache)
             seconds[f"seconds_{name}"] = time.monotonic() - started
+            say("benchmark plans", f"{name}: {plan['device_batch_size']} rows after {seconds[f'seconds_{name}']:.1f} s")
         limit, most = plan["capacity_bytes"] * (1 - plan["margin"]), plan["max_device_batch_size"]
         # On a CPU memory is no limit: the search ends before it.
         tried = {"largest": most, "larger": math.ceil(most * MORE)} if gpu else {}

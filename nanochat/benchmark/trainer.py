@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def no_gpu(name: str) -> UserError:
 
 def measure(
     settings: command_settings.BenchmarkSettings | None, plan_path: str | None, cases: list[str], steps: int | None
-) -> list[dict[str, Any]]:
-    """The rows of benchmark/trainer.json. This process makes no CUDA context.
+) -> Iterator[dict[str, Any]]:
+    """The rows of benchmark/trainer.json, one by one. This process makes no CUDA context.
 
     settings   None: d12 and d20
     cases      of the models these alone, d12 for one; empty: all
@@ -68,20 +69,22 @@ def measure(
     if settings is None and not gpus:
         raise no_gpu("trainer")
     gpus = min(gpus, settings.benchmark.gpus) if settings else gpus
-    rows = []
     for task in _tasks(settings, plan_path, gpus, steps or STEPS["cuda" if gpus else "cpu"]):
         if cases and task["case"] not in cases:
             continue
         with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
-            rows.append(_compiled_before(task | {"gpus": min(gpus, 1)}, caches))
-            alone = rows[-1]["tokens_per_second"]
+            alone = _compiled_before(task | {"gpus": min(gpus, 1)}, caches)
+            yield _said(alone)
             for name, factor in (("wide", gpus), ("split", 1)) if gpus > 1 else ():
                 more = {"gpus": gpus, "tokens_per_step": factor * task["tokens_per_step"]}
                 row = in_processes(task | more | {"case": f"{task['case']}_{name}"}, caches)
-                rows.append(row | {"efficiency": row["tokens_per_second"] / (gpus * alone)})
-    for row in rows:
-        say("benchmark trainer", f"{row['case']}, {row['gpus']} GPU(s): {row['tokens_per_second']:,.0f} tokens/s")
-    return rows
+                efficiency = row["tokens_per_second"] / (gpus * alone["tokens_per_second"])
+                yield _said(row | {"efficiency": efficiency})
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    say("benchmark trainer", f"{row['case']}, {row['gpus']} GPU(s): {row['tokens_per_second']:,.0f} tokens/s")
+    return row
 
 
 def _tasks(

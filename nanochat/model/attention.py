@@ -10,26 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.model.additions import ValueEmbedding, has_value_embedding
 from nanochat.model.kernels import HAS_TRITON, causal_attention, fused, norm
+from nanochat.model.linear import Linear
 
 if HAS_TRITON:
     from nanochat.model.fused_projection import Projection
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
-
-
-class Linear(nn.Linear):
-    """Without bias. The weight stays float32 for the optimizer and is cast to the input's dtype for the product."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing: `GPT.init_weights` does it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rotary_table(length: int, head_dim: int, base: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -100,27 +89,33 @@ class Attention(nn.Module):
         self.head_dim = config.width // config.heads
         self.qkv = Linear(config.width, (config.heads + 2 * config.kv_heads) * self.head_dim)
         self.out = Linear(config.width, config.width)
+        self.value_embedding = None
+        if "value_embeddings" in config.additions and has_value_embedding(layer, config.depth):
+            self.value_embedding = ValueEmbedding(config.vocab_size, self.kv_heads * self.head_dim, self.kv_heads)
 
     def forward(
         self,
         x: Tensor,
+        tokens: Tensor,
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). Without a cache: causal over the T tokens. With: `positions` (B, T), `mask` (B, 1, T, length)."""
-        rows, tokens, width = x.shape
+        """x (B, T, C), tokens (B, T) -> (B, T, C). Without a cache: causal over the T tokens. With: `positions` (B, T), `mask` (B, 1, T, length)."""
+        rows, length, width = x.shape
         if cache is None and fused("projection", x):
             weight = self.qkv.weight.to(x.dtype)
             queries, keys, values = Projection.apply(x, weight, cos, sin, self.heads, self.kv_heads)
         else:
-            qkv = self.qkv(x).view(rows, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+            qkv = self.qkv(x).view(rows, length, self.heads + 2 * self.kv_heads, self.head_dim)
             # Queries and keys are turned and normed alike, so they go through it as one tensor.
             turned = norm(rotate(qkv[:, :, : self.heads + self.kv_heads], cos, sin))
             queries, keys = turned.split((self.heads, self.kv_heads), dim=2)
             values = qkv[:, :, self.heads + self.kv_heads :]
+        if self.value_embedding is not None:
+            values = values + self.value_embedding(x, tokens)
         if cache is None:
             attended = causal_attention(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
         else:
@@ -132,4 +127,4 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 enable_gqa=self.kv_heads != self.heads,
             )
-        return self.out(attended.transpose(1, 2).reshape(rows, tokens, width))
+        return self.out(attended.transpose(1, 2).reshape(rows, length, width))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from nanochat.config import Model
 from nanochat.errors import UserError
-from nanochat.model.attention import Attention, KVCache, Linear, rotary_table
+from nanochat.model.additions import Scalars, Smear
+from nanochat.model.attention import Attention, KVCache, rotary_table
 from nanochat.model.kernels import HAS_TRITON, fused, norm, squared_relu
+from nanochat.model.linear import Linear
 from nanochat.model.loss import softcapped_logits, summed_loss, token_losses
 
 if HAS_TRITON:
@@ -38,8 +40,10 @@ class GPTConfig:
     logit_softcap: float
     rope_base: float
     sequence_length: int
+    additions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "additions", tuple(self.additions))  # from a JSON list
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(
                 f"model.width = {self.width}: not divisible into heads = {self.heads} of an even size. "
@@ -63,6 +67,7 @@ class GPTConfig:
             logit_softcap=resolved.logit_softcap,
             rope_base=resolved.rope_base,
             sequence_length=sequence_length,
+            additions=tuple(resolved.additions),
         )
 
     def with_sequence_length(self, sequence_length: int) -> "GPTConfig":
@@ -93,6 +98,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the other arguments are those of `Attention.forward`."""
         x, change = self.deferred(x, *attention_arguments)
         return x + change
 
@@ -112,6 +118,9 @@ class GPT(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.scalars = Scalars(config.depth) if "scalars" in config.additions else None
+        self.smear = Smear() if "smear" in config.additions else None
+        self.backout = nn.Parameter(torch.empty(1)) if "backout" in config.additions else None
         # Not in the state: it follows from the sizes.
         cos, sin = rotary_table(ROTARY_REACH * config.sequence_length, config.width // config.heads, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -122,8 +131,8 @@ class GPT(nn.Module):
         return self.head.device
 
     def matmul_parameters(self) -> int:
-        """Parameters that take part in matrix products: all but the token embedding. The N of 6 N FLOPs a token."""
-        return sum(p.numel() for p in self.parameters()) - self.embedding.numel()
+        """Parameters that take part in matrix products: all but the token embeddings. The N of 6 N FLOPs a token."""
+        return sum(p.numel() for name, p in self.named_parameters() if not name.endswith("embedding"))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -140,9 +149,17 @@ class GPT(nn.Module):
                 draw.normal_(0.0, 0.001, generator=generator)
             elif name.endswith(("attention.out.weight", "mlp.down.weight")):
                 draw.zero_()
+            elif name.endswith("value_embedding.gate.weight"):
+                draw.uniform_(0, 0.02, generator=generator)
+            elif name.startswith("smear."):
+                draw.zero_()
+            elif name == "backout":
+                draw.fill_(0.2)
             else:
                 draw.uniform_(-bound, bound, generator=generator)
             parameter.copy_(draw)
+        if self.scalars is not None:
+            self.scalars.init_weights()
 
     def forward(
         self,
@@ -183,10 +200,19 @@ class GPT(nn.Module):
             assert cache is None, "with a cache the positions must be given"
         cos, sin = self.angles(tokens.size(1) if cache is None else cache.length, positions)
         mask = None if cache is None else cache.mask(positions)
-        x = self.embedded(tokens)
-        for block in self.blocks:
-            x = block(x, cos, sin, cache, positions, mask)
-        return norm(x)
+        x = start = self.embedded(tokens)
+        scales = self.scales()
+        for layer, block in enumerate(self.blocks):
+            x = block(mixed(x, start, scales[layer]), tokens, cos, sin, cache, positions, mask)
+            if layer == self.config.depth // 2:
+                middle = x
+        return norm(x if self.backout is None else x - self.backout.to(x.dtype) * middle)
+
+    def scales(self) -> list[tuple[Tensor, Tensor] | None]:
+        """What `mixed` takes, for each layer; scalars."""
+        if self.scalars is None:
+            return [None] * self.config.depth
+        return list(zip(self.scalars.stream.unbind(), self.scalars.start.unbind(), strict=True))
 
     def angles(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, T, 1, D/2) at `positions` (B, T), or (1, length, 1, D/2) at 0..length-1, in compute_dtype."""
@@ -200,4 +226,12 @@ class GPT(nn.Module):
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C), the stream before the first block."""
-        return norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        x = norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        if self.smear is None:
+            return x
+        return self.smear(x, F.pad(x[:, :-1], (0, 0, 1, 0)))
+
+
+def mixed(x: Tensor, start: Tensor, scales: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The stream that a block gets: of the stream `x` and that before the first block, both (B, T, C)."""
+    return x if scales is None else scales[0] * x + scales[1] * start

@@ -27,8 +27,15 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-ADAM_BETAS = (0.8, 0.95)
+ADAM_BETAS, START_BETAS = (0.8, 0.95), (0.96, 0.95)
 ADAM_EPSILON = 1e-10
+ADDED_RATES = {
+    "scalars.stream": 0.005,
+    "scalars.start": 0.5,
+    "smear.gate.weight": 0.2,
+    "smear.scale": 0.2,
+    "backout": 0.2,
+}
 FIRST_MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 300
 
 
@@ -117,10 +124,7 @@ class Optimizer:
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
         # Learning rates are given for a width of 768; of Adam's they fall with the square root of the width.
         scale = (768 / model.config.width) ** 0.5
-        self.adam_rates = {
-            "embedding": settings.embedding_learning_rate * scale,
-            "head": settings.unembedding_learning_rate * scale,
-        }
+        self.adam_rates = _adam_rates(self.parameters, settings, scale)
         layouts = _layouts(model, list(self.adam_rates))
         self.banks, self.gradients = make_banks(layouts, self.parameters, self.ranks)
         self.matrices = [bank for bank in self.banks if not bank.layout.by_rows]
@@ -134,7 +138,9 @@ class Optimizer:
         for bank in self.rows:
             share = torch.nn.Parameter(bank.share(bank.weights))
             share.grad = bank.share(bank.gradients)
-            groups.append({"params": [share], "lr": self.adam_rates[bank.layout.names[0]]})
+            name = bank.layout.names[0]
+            betas = START_BETAS if name == "scalars.start" else ADAM_BETAS
+            groups.append({"params": [share], "lr": self.adam_rates[name], "betas": betas})
         adam = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True)
         for group in adam.param_groups:
             share = group["params"][0]
@@ -252,6 +258,23 @@ class Optimizer:
         bank.share(bank.gradients).copy_(share)
         wait_for_all([self.ranks.all_gather(bank.gradients)])
         return bank.gradients
+
+
+def _adam_rates(
+    parameters: dict[str, torch.nn.Parameter], settings: config.Optimizer, scale: float
+) -> dict[str, float]:
+    """Learning rates of the parameters that Muon is not for."""
+    rates = {}
+    for name in parameters:
+        if name == "embedding":
+            rates[name] = settings.embedding_learning_rate * scale
+        elif name.endswith("value_embedding.embedding"):
+            rates[name] = settings.embedding_learning_rate * scale / 2
+        elif name == "head":
+            rates[name] = settings.unembedding_learning_rate * scale
+        elif name in ADDED_RATES:
+            rates[name] = ADDED_RATES[name]
+    return rates
 
 
 def _layouts(model: GPT, adam_names: list[str]) -> list[Layout]:
