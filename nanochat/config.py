@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
-ADDITIONS = ("value_embeddings", "scalars", "smear", "backout")
+ADDITIONS = ("value_embeddings", "smear")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -105,8 +105,10 @@ class Model(Settings):
     )
     rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary embedding's frequencies.")
 
-    additions: list[Literal["value_embeddings", "scalars", "smear", "backout"]] = Field(
-        [], description="What the model has beside the plain transformer."
+    additions: list[Literal["value_embeddings", "smear"]] = Field(
+        list(ADDITIONS),
+        description="What the model has beside the plain transformer. value_embeddings: every second layer adds a token embedding of "
+        "its own to its values. smear: each token takes a share of the one before. Empty: nothing.",
     )
 
     def resolved(self) -> "Model":

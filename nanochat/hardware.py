@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -68,6 +69,7 @@ class Sizes(Protocol):
     width: int
     heads: int
     kv_heads: int
+    additions: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,20 @@ def flops_per_token(matmul_parameters: int, layers: int, width: int, sequence_le
     return 6.0 * matmul_parameters + 12.0 * layers * width * sequence_length
 
 
+def embedding_parameters(sizes: Sizes, vocab_size: int) -> int:
+    """Of the token embedding, and of those that every second layer adds to its values."""
+    own = (sizes.depth + 1) // 2 if "value_embeddings" in sizes.additions else 0
+    return vocab_size * (sizes.width + own * sizes.kv_heads * (sizes.width // sizes.heads))
+
+
 def parameter_count(sizes: Sizes, vocab_size: int) -> int:
-    """Of a model without biases and gains: embedding, untied head, fused projections, an MLP of 4 x width."""
+    """Of a model without biases and gains: embeddings, untied head, fused projections, an MLP of 4 x width.
+
+    The gates of `model.additions` are left out: some hundred numbers.
+    """
     projections = 2 * sizes.width + 2 * sizes.kv_heads * (sizes.width // sizes.heads)
-    return 2 * vocab_size * sizes.width + sizes.depth * sizes.width * (projections + 8 * sizes.width)
+    matrices = vocab_size * sizes.width + sizes.depth * sizes.width * (projections + 8 * sizes.width)
+    return embedding_parameters(sizes, vocab_size) + matrices
 
 
 def kv_cache_bytes(sizes: Sizes, length: int, itemsize: int) -> int:

@@ -145,7 +145,8 @@ def _row(
     micro_steps = max(1, step_rows // size)
     seconds = micro_steps * result["micro_step_seconds"] + result["optimizer_seconds"]
     rate = micro_steps * size * length / seconds
-    matmul_parameters = hardware.parameter_count(model, own.vocab_size) - own.vocab_size * model.width
+    matmul_parameters = hardware.parameter_count(model, own.vocab_size)
+    matmul_parameters -= hardware.embedding_parameters(model, own.vocab_size)
     flops = hardware.flops_per_token(matmul_parameters, model.depth, model.width, length)
     peak = hardware.peak_flops(gpu.name, result["dtype"]) if gpu else None
     used, capacity = result["used_bytes"], gpu.memory_bytes if gpu else None

@@ -266,9 +266,9 @@ def default_settings(device: torch.device) -> BenchmarkSettings:
     """The study's shape, 12 x 768 with 12 heads; on a CPU a tiny model that takes seconds."""
     common = {"seed": 1337, "dtype": "auto", "compile": "auto"}
     if device.type == "cuda":
-        model, vocab_size, length, own = Model(depth=12, head_dim=64), 65_536, 512, Benchmark()
+        model, vocab_size, length, own = Model(depth=12, head_dim=64, additions=[]), 65_536, 512, Benchmark()
     else:
-        model, vocab_size, length = Model(depth=4, head_dim=32, width=128), 4096, 256
+        model, vocab_size, length = Model(depth=4, head_dim=32, width=128, additions=[]), 4096, 256
         own = Benchmark(steps=5, batch_sizes=[1, 4, 16], new_tokens=50)
     return BenchmarkSettings(model=model, vocab_size=vocab_size, sequence_length=length, benchmark=own, **common)
 

@@ -58,21 +58,54 @@ def _fetch_ahead(tile, outer, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STRID
         )
 
 
-@triton.jit
-def embed(token, embedding, x, squares, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """x (R, C) = norm(embedding[token]); squares (1, R). One program a row. `column` moves on by one step."""
+@triton.jit(do_not_specialize=["length"])
+def embed(
+    token,  # (R,) int64
+    embedding,  # (V, C)
+    x,  # (R, C)
+    squares,  # (1, R) float32
+    column,
+    tokens,  # (rows, L) int64, the cache's            ]
+    position,  # (R,) int64                            ]
+    running,  # (R,) bool                              ] for SMEAR
+    gate,  # (CHANNELS,), of the smear                 ]
+    scale,  # (1,)                                     ]
+    length,  # L
+    CHANNELS: tl.constexpr,
+    SMEAR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x = norm(embedding[token]), smeared, and the sums of its squares. One program a row. `column` moves on by one step."""
     _start(PDL)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
-    values = tl.load(embedding + tl.load(token + row) * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    normed = values * tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPSILON)
-    rounded = normed.to(x.dtype.element_ty)
+    new = tl.load(token + row)
+    rounded = _normed(embedding + new * WIDTH + at, inside, WIDTH)
+    if SMEAR:
+        here = tl.minimum(tl.load(position + row), length - 1)
+        place = tokens + row.to(tl.int64) * length + here
+        before = _normed(embedding + tl.load(place - 1, mask=here > 0, other=0) * WIDTH + at, inside, WIDTH)
+        weights = tl.load(gate + at, mask=at < CHANNELS, other=0.0).to(tl.float32)
+        share = tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weights * rounded.to(tl.float32), 0))
+        smeared = rounded.to(tl.float32) + tl.where(here > 0, share, 0.0) * before.to(tl.float32)
+        rounded = smeared.to(x.dtype.element_ty)
+        if tl.load(running + row).to(tl.int1):
+            tl.store(place, new)
     tl.store(x + row * WIDTH + at, rounded, mask=inside)
     wide = rounded.to(tl.float32)
     tl.store(squares + row, tl.sum(wide * wide, 0))
     if row == 0:
         tl.store(column, tl.load(column) + 1)
+
+
+@triton.jit
+def _normed(source, inside, WIDTH: tl.constexpr):
+    """norm of the row that stands there."""
+    values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    return (values * tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPSILON)).to(source.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "capacity", "blocks", "softcap"])
@@ -263,7 +296,7 @@ def add_parts(
 
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attend(
-    qkv,  # (R, H + 2 KV, D)
+    qkv,  # (R, STRIDE): H + 2 KV heads of D; GATED: then KV gates
     keys,  # (rows, L, KV, D), one row's memory in one piece
     values,
     out,  # (R, H, D); SPLITS > 1: (SPLITS, capacity, H, D) float32, not normalised
@@ -272,8 +305,12 @@ def attend(
     sin,
     position,  # (R,) int64, of the new token
     running,  # (R,) bool
+    token,  # (R,) int64, the new token     ]
+    embedding,  # (V, KV, D), of values     ] for GATED
     length,  # L
     capacity,
+    STRIDE: tl.constexpr,
+    GATED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -283,7 +320,7 @@ def attend(
     EARLY: tl.constexpr,  # fetch the first tile before the wait
     PDL: tl.constexpr,
 ):
-    """Turn, norm and store the new key, store the new value, attend to the filled part of the row. Grid (R, KV, SPLITS).
+    """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, KV, SPLITS).
 
     The filled positions are divided among the splits in whole tiles; the new token belongs to the first split. A row that
     has halted reads and stores nothing.
@@ -310,8 +347,10 @@ def attend(
     turn_sin = tl.load(sin + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.where(d < D // 2, turn_sin, -turn_sin)
     other = (d + D // 2) % D
+    if GATED:
+        added = tl.load(embedding + (tl.load(token + row) * KV_HEADS + head) * D + d)
     _wait(PDL)
-    qkv += row * (HEADS + 2 * KV_HEADS) * D
+    qkv += row * STRIDE
     real = (query < GROUP)[:, None]
     q_at = qkv + (head * GROUP + query)[:, None] * D
     q = tl.load(q_at + d[None, :], mask=real, other=0.0).to(tl.float32) * turn_cos[None, :]
@@ -321,6 +360,9 @@ def attend(
     new_k = tl.load(k_at + d).to(tl.float32) * turn_cos + tl.load(k_at + other).to(tl.float32) * turn_sin
     new_k = (new_k * tl.rsqrt(tl.sum(new_k * new_k, 0) / D + EPSILON)).to(keys.dtype.element_ty)
     new_v = tl.load(qkv + (HEADS + KV_HEADS + head) * D + d)
+    if GATED:
+        share = 3 * tl.sigmoid(tl.load(qkv + (HEADS + 2 * KV_HEADS) * D + head).to(tl.float32))
+        new_v = (new_v.to(tl.float32) + share * added.to(tl.float32)).to(new_v.dtype)
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
     owner = split == 0
     if owner & alive:

@@ -241,7 +241,7 @@ class Engine:
             target = next(slot for slot in range(self.rows) if slot not in slots)
             job = slots[target] = slots.pop(source)
             self.state.move(source, target)
-            for side in self.cache.keys + self.cache.values:
+            for side in self.cache.tensors():
                 side[target, : job.position] = side[source, : job.position]
 
     def _row_bucket(self, rows: int) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.infer.decoder import Decoder, captured
+from nanochat.model.additions import before
 from nanochat.model.kernels import norm
 from nanochat.model.loss import softcapped_logits
 
@@ -57,10 +58,14 @@ class FusedPrefill:
         tokens, lengths, slots = inputs[:, :-2], inputs[:, -2], inputs[:, -1]
         count, width = tokens.shape
         heads, kv_heads, head_dim = config.heads, config.kv_heads, step.head_dim
-        x = norm(F.embedding(tokens, step.embedding)).view(count * width, -1)  # (P T, C)
-        for layer, (qkv, out, up, down) in enumerate(step.layers):
+        x = norm(F.embedding(tokens, step.embedding))  # (P, T, C)
+        if step.smear is not None:
+            x = step.smear(x, before(x))
+            self._store(tokens, lengths, slots)
+        x = x.view(count * width, -1)
+        for layer, (qkv, out, up, down, embedding) in enumerate(step.layers):
             projected = F.linear(norm(x), qkv)  # (P T, (H + 2 KV) D)
-            turned = x.new_empty(count, width, heads + kv_heads, head_dim)
+            turned = x.new_empty(count, width, heads + 2 * kv_heads, head_dim)
             self.kernels.turn[(width, count)](
                 projected,
                 turned,
@@ -70,16 +75,19 @@ class FusedPrefill:
                 step.sin,
                 slots,
                 lengths,
+                tokens,
+                step.embedding if embedding is None else embedding,
                 inputs.stride(0),
                 width,
                 step.cache.length,
+                qkv.size(0),
+                embedding is not None,
                 heads,
                 kv_heads,
                 head_dim,
                 1 << (heads + 2 * kv_heads - 1).bit_length(),
             )
-            queries, keys = turned.transpose(1, 2).split((heads, kv_heads), dim=1)  # (P, H, T, D)
-            values = projected.view(count, width, -1, head_dim)[:, :, heads + kv_heads :].transpose(1, 2)
+            queries, keys, values = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)  # (P, H, T, D)
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, enable_gqa=heads != kv_heads
             )
@@ -89,3 +97,12 @@ class FusedPrefill:
             x = torch.addmm(x, hidden, down.T)
         last = x.view(count, width, -1)[torch.arange(count, device=x.device), (lengths - 1).clamp_min(0)]
         self.logits[:count] = softcapped_logits(norm(last), step.head, config.logit_softcap)
+
+    def _store(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> None:
+        """Put the prompts' tokens (P, T) into the cache; padding changes nothing there."""
+        width = tokens.size(1)
+        kept = torch.arange(width, device=tokens.device) < lengths[:, None]
+        # Rows of padding alone name a slot that may be another's: they add nothing to what is written there.
+        rows = self.step.cache.tokens
+        change = torch.where(kept, tokens - rows[slots, :width], 0)
+        rows[:, :width].index_add_(0, slots, change)

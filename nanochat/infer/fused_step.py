@@ -5,6 +5,7 @@ serves half precision on CUDA; everything else, and the check of it, is `decode_
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from nanochat.infer.decode import Rows
 from nanochat.infer.sampling import Kind, sample
 from nanochat.model.attention import KVCache
-from nanochat.model.gpt import GPT
+from nanochat.model.gpt import GPT, Block
 
+GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -105,10 +107,8 @@ class FusedStep:
             return weight.detach().to(dtype).contiguous()
 
         self.embedding, self.head = half(model.embedding), half(model.head)
-        self.layers = [
-            tuple(half(linear.weight) for linear in (b.attention.qkv, b.attention.out, b.mlp.up, b.mlp.down))
-            for b in model.blocks
-        ]
+        self.smear = model.smear
+        self.layers = [self._layer(block, half) for block in model.blocks]
         # Rounded as the model rounds them: the keys that prefill stored were turned by these.
         self.cos, self.sin = half(model.cos), half(model.sin)
         on_gpu = device.type == "cuda"
@@ -119,13 +119,27 @@ class FusedStep:
         def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.x, self.qkv = buffer(rows, self.width), buffer(rows, self.layers[0][0].size(0))
+        self.x, self.qkv = buffer(rows, self.width), buffer(rows, max(layer[0].size(0) for layer in self.layers))
         self.attended, self.hidden = buffer(rows, self.width), buffer(rows, 4 * self.width)
         self.squares = buffer(max(1, self.width // 4), rows, dtype=torch.float32)
         self.best = buffer(rows * -(-config.vocab_size // 16), dtype=torch.float32)
         self.index = buffer(self.best.numel(), dtype=torch.int32)
         self.parts: dict[tuple, Tensor] = {}  # grown before a step is captured
         self.buffer = buffer
+
+    def _layer(
+        self, block: Block, half: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """A layer's weights, of queries, keys and values first; the value embedding last, its gates in that product's last rows."""
+        attention, mlp = block.attention, block.mlp
+        qkv, out, up, down = (half(linear.weight) for linear in (attention.qkv, attention.out, mlp.up, mlp.down))
+        added = attention.value_embedding
+        if added is None:
+            return qkv, out, up, down, None
+        gate = half(added.gate.weight)  # (KV, channels)
+        gates = qkv.new_zeros(-(-len(gate) // GATE_ROWS) * GATE_ROWS, self.width)
+        gates[: len(gate), : gate.size(1)] = gate
+        return torch.cat((qkv, gates)), out, up, down, half(added.embedding)
 
     def splits(self, rows: int, length: int) -> int:
         """Into how many parts attention divides the filled positions, of which there are at most `length`: all that the
@@ -139,14 +153,12 @@ class FusedStep:
         """decode_step of the first `rows` rows."""
         plan, state = plan or plan_for(rows), self.state.first(rows)
         kernels, width = self.kernels, self.width
-        kernels.embed[(rows,)](
-            state.token, self.embedding, self.x, self.squares, state.column, width, _power_of_two(width), PDL=0
-        )
+        self._embed(state, rows)
         parts = 1
         most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
-        for layer, (qkv, out, up, down) in enumerate(self.layers):
+        for layer, (qkv, out, up, down, embedding) in enumerate(self.layers):
             self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, kernels.STORE, parts, most_parts)
-            self._attend(rows, splits, plan, layer)
+            self._attend(rows, splits, plan, layer, qkv.size(0), embedding)
             parts = self._add(rows, plan.out, self.attended, out)
             self._matmul(rows, plan.up, self.x, up, self.hidden, kernels.SQUARED_RELU, parts, most_parts)
             parts = self._add(rows, plan.down, self.hidden, down)
@@ -159,6 +171,26 @@ class FusedStep:
             epilogue = kernels.ARGMAX if kind.greedy else kernels.DRAW
             self._matmul(rows, plan.head, self.x, self.head, self.best, epilogue, parts, most_parts)
         self._finish(state, rows, plan, given)
+
+    def _embed(self, state: Rows, rows: int) -> None:
+        smear, cache = self.smear, self.cache
+        smeared = (
+            (cache.tokens, state.position, state.running, smear.gate.weight, smear.scale) if smear else [self.x] * 5
+        )
+        self.kernels.embed[(rows,)](
+            state.token,
+            self.embedding,
+            self.x,
+            self.squares,
+            state.column,
+            *smeared,
+            cache.length,
+            smear.gate.in_features if smear else 0,
+            smear is not None,
+            self.width,
+            _power_of_two(self.width),
+            PDL=0,
+        )
 
     def _matmul(
         self, rows: int, tile: Tile, x: Tensor, weight: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
@@ -210,8 +242,8 @@ class FusedStep:
         )
         return 1
 
-    def _attend(self, rows: int, splits: int, plan: Plan, layer: int) -> None:
-        """self.attended from self.qkv and the cache, into which the new keys and values go."""
+    def _attend(self, rows: int, splits: int, plan: Plan, layer: int, stride: int, embedding: Tensor | None) -> None:
+        """self.attended from self.qkv, whose rows are `stride` long, and the cache, into which the new keys and values go."""
         config, state = self.config, self.state
         out, stats = self.attended, self.squares
         if splits > 1:
@@ -227,8 +259,12 @@ class FusedStep:
             self.sin,
             state.position,
             state.running,
+            state.token,
+            self.embedding if embedding is None else embedding,
             self.cache.length,
             self.capacity,
+            stride,
+            embedding is not None,
             config.heads,
             config.kv_heads,
             self.head_dim,

@@ -84,7 +84,7 @@ class Prefill:
         """Fill the first rows of the scratch cache with these prompts; returns their last logits (P, V) float32."""
         start = len(self.prefix)
         if start:
-            for scratch, shared in zip(self._tensors(self.scratch), self._tensors(self.shared), strict=True):
+            for scratch, shared in zip(self.scratch.tensors(), self.shared.tensors(), strict=True):
                 scratch[: len(prompts), :start] = shared[:, :start]
         # A single long prompt goes in pieces, so that its activations stay bounded too.
         while len(prompts) == 1 and longest - start > self.tokens:
@@ -98,7 +98,7 @@ class Prefill:
         if not pairs:
             return
         to, of = torch.tensor(pairs, device=self.model.device).unbind(1)
-        for target, tensor in zip(self._tensors(self.cache), self._tensors(source), strict=True):
+        for target, tensor in zip(self.cache.tensors(), source.tensors(), strict=True):
             target[:, :length].index_copy_(0, to, tensor[:, :length].index_select(0, of))
 
     def extend(self, slot: int, tokens: list[int], start: int) -> Tensor:
@@ -123,7 +123,3 @@ class Prefill:
             cache=some,
             last_only=True,
         )[:, -1]
-
-    @staticmethod
-    def _tensors(cache: KVCache) -> list[Tensor]:
-        return cache.keys + cache.values

@@ -1,19 +1,20 @@
-"""What newer models of the family add to the plain one for quality, each optional: `model.additions`.
+"""What a model has beside the plain transformer where `model.additions` names it.
 
-value_embeddings  every second layer, the last among them, has a second token embedding, which a gate adds to its values
+value_embeddings  every second layer, the last among them, has a token embedding of its own, which a gate adds to its values
                   (Zhou et al. 2024)
-scalars           before each block the stream and the embedded tokens are mixed, with two learnt numbers a layer
 smear             a learnt share of the token before is added to each embedded token
-backout           a learnt share of the stream at mid-depth is subtracted from it at the end
 
-Constants and starts are those of nanochat (2026), which took most of it from modded-nanogpt.
+Constants and starts are those of nanochat (2026), which took them from modded-nanogpt. Its residual scalars and backout are not
+here: they did not lower the loss (docs/performance.md).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.linear import Linear
 
+# The gates see the first channels alone: that is enough, and next to nothing to compute.
 VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 
 
@@ -22,42 +23,34 @@ def has_value_embedding(layer: int, depth: int) -> bool:
 
 
 class ValueEmbedding(nn.Module):
-    """A layer's second token embedding."""
+    """A layer's own token embedding (V, heads x D), and how much of it each head of values takes."""
 
-    def __init__(self, vocab_size: int, width: int, heads: int):
+    def __init__(self, vocab_size: int, width: int, heads: int, head_dim: int):
+        """width: of the stream, C."""
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
-        self.gate = Linear(VALUE_GATE_CHANNELS, heads)
+        self.embedding = nn.Parameter(torch.empty(vocab_size, heads * head_dim))
+        self.gate = Linear(min(VALUE_GATE_CHANNELS, width), heads)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x (B, T, C), tokens (B, T) int64 -> (B, T, heads, width / heads), to be added to the values."""
-        gate = 3 * self.gate(x[..., :VALUE_GATE_CHANNELS]).sigmoid()
-        values = nn.functional.embedding(tokens, self.embedding).to(x.dtype)
-        return gate[..., None] * values.view(*gate.shape, -1)
-
-
-class Scalars(nn.Module):
-    """Two numbers for each layer."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.stream = nn.Parameter(torch.empty(depth))
-        self.start = nn.Parameter(torch.empty(depth))
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        depth = len(self.stream)
-        self.stream.copy_(torch.linspace(1.15, 1.05, depth))
-        self.start.copy_(torch.linspace(0.2, 0.05, depth))
+        """What is added to the values: x (B, T, C), tokens (B, T) int64 -> (B, T, heads, D). The gates lie between 0 and 3."""
+        gate = 3 * self.gate(x[..., : self.gate.in_features]).sigmoid()
+        return gate[..., None] * F.embedding(tokens, self.embedding).to(x.dtype).view(*gate.shape, -1)
 
 
 class Smear(nn.Module):
-    def __init__(self) -> None:
+    """How much of the token before each token takes."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate = Linear(SMEAR_GATE_CHANNELS, 1)
+        self.gate = Linear(min(SMEAR_GATE_CHANNELS, width), 1)
         self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """x, and the embedded tokens before it; (B, T, C) both. Zeros stand before the first one."""
-        share = self.scale.to(x.dtype) * self.gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()
+        """x, and the embedded tokens before it, zeros before the first; (B, T, C) all."""
+        share = self.scale.to(x.dtype) * self.gate(x[..., : self.gate.in_features]).sigmoid()
         return x + share * before
+
+
+def before(x: Tensor) -> Tensor:
+    """(B, T, C) moved on by one token, zeros first."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0))

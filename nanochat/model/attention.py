@@ -42,6 +42,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, one tensor per layer and side.
 
     keys[l], values[l]  (rows, length, kv_heads, head_dim)
+    tokens              (rows, length) int64, what they are of; of a model with smear, None of others
 
     One tensor each, because a compiled step that writes into a view of one big tensor copies all of it at every layer.
     What stands behind a row's position is never read, so a row is reused without clearing.
@@ -51,6 +52,12 @@ class KVCache:
         shape = (rows, length, config.kv_heads, config.width // config.heads)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        smeared = "smear" in config.additions
+        self.tokens = torch.zeros(shape[:2], device=device, dtype=torch.int64) if smeared else None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them: (rows, length, ...)."""
+        return [*self.keys, *self.values, *([] if self.tokens is None else [self.tokens])]
 
     @property
     def rows(self) -> int:
@@ -66,6 +73,7 @@ class KVCache:
         view = KVCache.__new__(KVCache)
         view.keys = [side[first_row : first_row + rows, :length] for side in self.keys]
         view.values = [side[first_row : first_row + rows, :length] for side in self.values]
+        view.tokens = None if self.tokens is None else self.tokens[first_row : first_row + rows, :length]
         return view
 
     def store(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +82,12 @@ class KVCache:
         self.keys[layer].index_put_((row, positions), keys)
         self.values[layer].index_put_((row, positions), values)
         return self.keys[layer], self.values[layer]
+
+    def tokens_before(self, positions: Tensor, tokens: Tensor) -> Tensor:
+        """Store tokens (B, T) at `positions` (B, T); returns what stands before each of them, anything before the first."""
+        row = torch.arange(positions.size(0), device=positions.device)[:, None]
+        self.tokens.index_put_((row, positions), tokens)
+        return self.tokens[row, (positions - 1).clamp_min(0)]
 
     def mask(self, positions: Tensor) -> Tensor:
         """(B, 1, T, length) bool: a query at position p attends to the keys 0..p of its row."""
@@ -91,7 +105,7 @@ class Attention(nn.Module):
         self.out = Linear(config.width, config.width)
         self.value_embedding = None
         if "value_embeddings" in config.additions and has_value_embedding(layer, config.depth):
-            self.value_embedding = ValueEmbedding(config.vocab_size, self.kv_heads * self.head_dim, self.kv_heads)
+            self.value_embedding = ValueEmbedding(config.vocab_size, config.width, self.kv_heads, self.head_dim)
 
     def forward(
         self,

@@ -1,4 +1,5 @@
-"""The model's loss with its blocks compiled: all blocks are alike, so the graph of one serves them all.
+"""The model's loss with its blocks compiled: all blocks are alike, so the graph of one serves them all (of two,
+where every second one has a value embedding).
 
 Compiling the model as one graph unrolls its layers: many times the seconds, again for each micro-batch size. What stays outside
 the blocks is one operation to the compiler anyway (the loss on a GPU).
@@ -7,7 +8,7 @@ the blocks is one operation to the compiler anyway (the loss on a GPU).
 import torch
 from torch import Tensor
 
-from nanochat.model.gpt import GPT, Block, mixed
+from nanochat.model.gpt import GPT, Block
 from nanochat.model.kernels import norm
 
 
@@ -25,29 +26,20 @@ class CompiledLoss:
         self._first, self._next, self._last = (torch.compile(part, dynamic=False) for part in (_first, _next, _last))
 
     def __call__(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        model = self.model
-        cos, sin = model.angles(tokens.size(1))
-        scales = model.scales()
-        x, change, start = self._first(model, tokens, scales[0], cos, sin)
-        middle = (x, change)
-        for layer, block in enumerate(model.blocks[1:], start=1):
-            x, change = self._next(block, x, change, start, scales[layer], tokens, cos, sin)
-            if layer == model.config.depth // 2:
-                middle = (x, change)
-        return model.loss(self._last(model.backout, x, change, *middle), targets, reduction)
+        cos, sin = self.model.angles(tokens.size(1))
+        x, change = self._first(self.model, tokens, cos, sin)
+        for block in self.model.blocks[1:]:
+            x, change = self._next(block, x, change, tokens, cos, sin)
+        return self.model.loss(self._last(x, change), targets, reduction)
 
 
-def _first(model: GPT, tokens: Tensor, scales, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    start = model.embedded(tokens)
-    return *model.blocks[0].deferred(mixed(start, start, scales), tokens, cos, sin), start
+def _first(model: GPT, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return model.blocks[0].deferred(model.embedded(tokens), tokens, cos, sin)
 
 
-def _next(
-    block: Block, x: Tensor, change: Tensor, start: Tensor, scales, tokens: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    return block.deferred(mixed(x + change, start, scales), tokens, cos, sin)
+def _next(block: Block, x: Tensor, change: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return block.deferred(x + change, tokens, cos, sin)
 
 
-def _last(backout: Tensor | None, x: Tensor, change: Tensor, x_middle: Tensor, change_middle: Tensor) -> Tensor:
-    x = x + change
-    return norm(x if backout is None else x - backout.to(x.dtype) * (x_middle + change_middle))
+def _last(x: Tensor, change: Tensor) -> Tensor:
+    return norm(x + change)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanochat.config import Model
 from nanochat.errors import UserError
-from nanochat.model.additions import Scalars, Smear
+from nanochat.model.additions import Smear, before
 from nanochat.model.attention import Attention, KVCache, rotary_table
 from nanochat.model.kernels import HAS_TRITON, fused, norm, squared_relu
 from nanochat.model.linear import Linear
@@ -118,9 +118,7 @@ class GPT(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
-        self.scalars = Scalars(config.depth) if "scalars" in config.additions else None
-        self.smear = Smear() if "smear" in config.additions else None
-        self.backout = nn.Parameter(torch.empty(1)) if "backout" in config.additions else None
+        self.smear = Smear(config.width) if "smear" in config.additions else None
         # Not in the state: it follows from the sizes.
         cos, sin = rotary_table(ROTARY_REACH * config.sequence_length, config.width // config.heads, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -153,13 +151,9 @@ class GPT(nn.Module):
                 draw.uniform_(0, 0.02, generator=generator)
             elif name.startswith("smear."):
                 draw.zero_()
-            elif name == "backout":
-                draw.fill_(0.2)
             else:
                 draw.uniform_(-bound, bound, generator=generator)
             parameter.copy_(draw)
-        if self.scalars is not None:
-            self.scalars.init_weights()
 
     def forward(
         self,
@@ -200,19 +194,10 @@ class GPT(nn.Module):
             assert cache is None, "with a cache the positions must be given"
         cos, sin = self.angles(tokens.size(1) if cache is None else cache.length, positions)
         mask = None if cache is None else cache.mask(positions)
-        x = start = self.embedded(tokens)
-        scales = self.scales()
-        for layer, block in enumerate(self.blocks):
-            x = block(mixed(x, start, scales[layer]), tokens, cos, sin, cache, positions, mask)
-            if layer == self.config.depth // 2:
-                middle = x
-        return norm(x if self.backout is None else x - self.backout.to(x.dtype) * middle)
-
-    def scales(self) -> list[tuple[Tensor, Tensor] | None]:
-        """What `mixed` takes, for each layer; scalars."""
-        if self.scalars is None:
-            return [None] * self.config.depth
-        return list(zip(self.scalars.stream.unbind(), self.scalars.start.unbind(), strict=True))
+        x = self.embedded(tokens, positions, cache)
+        for block in self.blocks:
+            x = block(x, tokens, cos, sin, cache, positions, mask)
+        return norm(x)
 
     def angles(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, T, 1, D/2) at `positions` (B, T), or (1, length, 1, D/2) at 0..length-1, in compute_dtype."""
@@ -224,14 +209,15 @@ class GPT(nn.Module):
             cos, sin = cos[None], sin[None]
         return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
-    def embedded(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C), the stream before the first block."""
-        x = norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+    def embedded(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C), the stream before the first block; with a cache, `positions` (B, T)."""
+        x = self._normed(tokens)
         if self.smear is None:
             return x
-        return self.smear(x, F.pad(x[:, :-1], (0, 0, 1, 0)))
+        if cache is None:
+            return self.smear(x, before(x))
+        there = (positions > 0)[..., None]
+        return self.smear(x, self._normed(cache.tokens_before(positions, tokens)) * there)
 
-
-def mixed(x: Tensor, start: Tensor, scales: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The stream that a block gets: of the stream `x` and that before the first block, both (B, T, C)."""
-    return x if scales is None else scales[0] * x + scales[1] * start
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for the token embedding and the head; state by parameter name.
+"""Muon for the matrices of the blocks, AdamW for the token embeddings, the head and the rest; state by parameter name.
 
 Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest orthogonal matrix: every direction of the update gets
 the same length. It is made of matrix products only, batched here over all matrices of a shape.
@@ -27,15 +27,9 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-ADAM_BETAS, START_BETAS = (0.8, 0.95), (0.96, 0.95)
+ADAM_BETAS = (0.8, 0.95)
 ADAM_EPSILON = 1e-10
-ADDED_RATES = {
-    "scalars.stream": 0.005,
-    "scalars.start": 0.5,
-    "smear.gate.weight": 0.2,
-    "smear.scale": 0.2,
-    "backout": 0.2,
-}
+SMEAR_LEARNING_RATE = 0.2
 FIRST_MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 300
 
 
@@ -122,9 +116,7 @@ class Optimizer:
         self.settings, self.dtype, self.ranks = settings, dtype or model.compute_dtype, ranks or Alone()
         self.parameters = dict(model.named_parameters())
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
-        # Learning rates are given for a width of 768; of Adam's they fall with the square root of the width.
-        scale = (768 / model.config.width) ** 0.5
-        self.adam_rates = _adam_rates(self.parameters, settings, scale)
+        self.adam_rates = _adam_rates(model, settings)
         layouts = _layouts(model, list(self.adam_rates))
         self.banks, self.gradients = make_banks(layouts, self.parameters, self.ranks)
         self.matrices = [bank for bank in self.banks if not bank.layout.by_rows]
@@ -138,9 +130,7 @@ class Optimizer:
         for bank in self.rows:
             share = torch.nn.Parameter(bank.share(bank.weights))
             share.grad = bank.share(bank.gradients)
-            name = bank.layout.names[0]
-            betas = START_BETAS if name == "scalars.start" else ADAM_BETAS
-            groups.append({"params": [share], "lr": self.adam_rates[name], "betas": betas})
+            groups.append({"params": [share], "lr": self.adam_rates[bank.layout.names[0]]})
         adam = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=0.0, fused=True)
         for group in adam.param_groups:
             share = group["params"][0]
@@ -260,20 +250,21 @@ class Optimizer:
         return bank.gradients
 
 
-def _adam_rates(
-    parameters: dict[str, torch.nn.Parameter], settings: config.Optimizer, scale: float
-) -> dict[str, float]:
-    """Learning rates of the parameters that Muon is not for."""
-    rates = {}
-    for name in parameters:
+def _adam_rates(model: GPT, settings: config.Optimizer) -> dict[str, float]:
+    """Learning rates of the parameters that Muon is not for.
+
+    They are given for a width of 768, and fall with the square root of the width.
+    """
+    scale, rates = (768 / model.config.width) ** 0.5, {}
+    for name, _ in model.named_parameters():
         if name == "embedding":
             rates[name] = settings.embedding_learning_rate * scale
-        elif name.endswith("value_embedding.embedding"):
-            rates[name] = settings.embedding_learning_rate * scale / 2
         elif name == "head":
             rates[name] = settings.unembedding_learning_rate * scale
-        elif name in ADDED_RATES:
-            rates[name] = ADDED_RATES[name]
+        elif name.endswith("value_embedding.embedding"):
+            rates[name] = settings.embedding_learning_rate / 2 * scale
+        elif name.startswith("smear."):
+            rates[name] = SMEAR_LEARNING_RATE
     return rates
 
 

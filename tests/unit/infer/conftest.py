@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nanochat.config import ADDITIONS
 from nanochat.model.gpt import GPT, GPTConfig
 
 VOCAB = 97
@@ -17,7 +18,17 @@ def one_thread():
 
 def build_model(seed: int = 0, depth: int = 3, kv_heads: int = 2, length: int = 160, vocab: int = VOCAB) -> GPT:
     """Random weights everywhere: with the real start the blocks add nothing and a broken cache would go unnoticed."""
-    config = GPTConfig(vocab, depth, 32, 4, kv_heads, logit_softcap=15.0, rope_base=10_000.0, sequence_length=length)
+    config = GPTConfig(
+        vocab,
+        depth,
+        32,
+        4,
+        kv_heads,
+        logit_softcap=15.0,
+        rope_base=10_000.0,
+        sequence_length=length,
+        additions=ADDITIONS,
+    )
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it comes
 import triton.language as tl
 
 from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
+from nanochat.config import ADDITIONS
 from nanochat.infer import decode_kernels as kernels
 from nanochat.infer.decode import Rows, advance, decode_step
 from nanochat.infer.decode_kernels import gumbel as gumbel_in_triton
@@ -196,7 +197,7 @@ def test_attention_reads_the_filled_part_and_stores_the_new_token(
     parts, stats = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads, 2)
     kernels.attend[(rows, kv_heads, splits)](
         qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, stats.tensor, cos, sin, position, running,
-        length, capacity, heads, kv_heads, head_dim, 16, tile, splits, EARLY=early, num_warps=2, **PDL,
+        position, qkv, length, capacity, qkv[0].numel(), False, heads, kv_heads, head_dim, 16, tile, splits, EARLY=early, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(rows, heads)](
@@ -264,9 +265,10 @@ def test_finish_is_advance(given):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def tiny(dtype: torch.dtype, kv_heads: int = 2, depth: int = 2) -> GPT:
+def tiny(dtype: torch.dtype, kv_heads: int = 2, depth: int = 2, additions: tuple[str, ...] = ADDITIONS) -> GPT:
     """Width 64 in 4 heads of 16, random weights everywhere."""
-    model = GPT(GPTConfig(VOCAB, depth, 64, 4, kv_heads, logit_softcap=15.0, rope_base=10_000.0, sequence_length=160))
+    sizes = {"logit_softcap": 15.0, "rope_base": 10_000.0, "sequence_length": 160}
+    model = GPT(GPTConfig(VOCAB, depth, 64, 4, kv_heads, **sizes, additions=additions))
     generator = torch.Generator().manual_seed(kv_heads)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -290,16 +292,18 @@ SPLIT_PLAN = Plan(
 
 @pytest.mark.parametrize("kind", [Kind(True, False, False), Kind(False, False, False), Kind()])
 @pytest.mark.parametrize("plan", [None, SPLIT_PLAN], ids=["few rows", "parts"])
-@pytest.mark.parametrize("splits", [1, 2])
-def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits):
+@pytest.mark.parametrize(("splits", "additions"), [(1, ADDITIONS), (2, ADDITIONS), (2, ())])
+def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
     """Same draws, same state, the same keys in the cache, greedy, drawn and filtered."""
     dtype = torch.float16 if ON_GPU else torch.float32
-    model, rows = tiny(dtype), 3
+    model, rows = tiny(dtype, additions=additions), 3
     caches, states = [], []
     for _ in range(2):
         cache = KVCache(model.config, rows, 160, torch.device(DEVICE), dtype)
         for i, side in enumerate(cache.keys + cache.values):
             side.copy_(random(*side.shape, seed=i, dtype=dtype))
+        if additions:
+            cache.tokens.copy_(torch.arange(rows * 160).view(rows, 160) % VOCAB)
         state = Rows.empty(rows, 8, torch.device(DEVICE))
         state.token.copy_(torch.tensor([5, 17, 80]))
         state.position.copy_(torch.tensor([0, 40, 131]))
@@ -321,7 +325,7 @@ def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits):
     assert torch.equal(states[0].drawn, states[1].drawn)
     for name in ("token", "position", "remaining", "running", "column"):
         assert torch.equal(getattr(states[0], name), getattr(states[1], name)), name
-    for one, other in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
+    for one, other in zip(caches[0].tensors(), caches[1].tensors(), strict=True):
         assert close(one, other.double(), torch.bfloat16 if ON_GPU else torch.float32)
 
 

@@ -9,13 +9,22 @@ import shutil
 import pytest
 import torch
 
+from nanochat.config import ADDITIONS
 from nanochat.model import attention, gpt, loss
 from nanochat.model.compiled import CompiledLoss
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.kernels import fused, only_kernels
 
 CONFIG = GPTConfig(
-    vocab_size=512, depth=2, width=64, heads=2, kv_heads=1, logit_softcap=15.0, rope_base=1e4, sequence_length=16
+    vocab_size=512,
+    depth=2,
+    width=64,
+    heads=2,
+    kv_heads=1,
+    logit_softcap=15.0,
+    rope_base=1e4,
+    sequence_length=16,
+    additions=ADDITIONS,
 )
 LENGTH = 16
 
@@ -25,8 +34,8 @@ def loss_and_gradients(device: torch.device, wrap=lambda model: model) -> tuple[
     model = GPT(CONFIG)
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
-    with torch.no_grad():  # the blocks start silent: give them something to learn from
-        for parameter in model.blocks.parameters():
+    with torch.no_grad():  # the blocks and the smear start silent: give them something to learn from
+        for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     model.to(device)
     tokens = torch.randint(0, 512, (4, LENGTH), generator=generator)

@@ -67,6 +67,10 @@ def test_grouped_queries_equal_full_heads_with_repeated_weights():
         queries, keys, values = state[name].split([32, 16, 16])
         repeated = [t.view(2, head_dim, 32).repeat_interleave(repeat, 0).reshape(32, 32) for t in (keys, values)]
         state[name] = torch.cat([queries, *repeated])
+    for name in [n for n in state if "value_embedding" in n]:
+        heads = state[name].view(-1, head_dim if name.endswith("embedding") else state[name].size(1))
+        by_head = heads.view(-1, GROUPED.kv_heads, heads.size(1)).repeat_interleave(repeat, 1)
+        state[name] = by_head.reshape(len(state[name]), -1) if name.endswith("embedding") else by_head[0]
     full.load_state_dict(state)
     torch.testing.assert_close(full(tokens(2, 9)), grouped(tokens(2, 9)), rtol=1e-5, atol=1e-5)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from nanochat import command_settings, config
+from nanochat import command_settings, config, hardware
 from nanochat.files import read_json_lines, sha256, write_json
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train.distributed import World
@@ -70,8 +70,8 @@ def make_trainer(
     chosen = training_settings(**settings)
     model = GPT(GPTConfig.from_settings(chosen.model, VOCAB, LENGTH))
     model.init_weights(torch.Generator().manual_seed(chosen.seed))
-    model.compute_dtype = torch.float32
     world = world or World(0, 1, torch.device("cpu"))
+    model.to(world.device).compute_dtype = hardware.resolve_dtype(chosen.dtype, world.device)
     return kind(
         chosen,
         world,
