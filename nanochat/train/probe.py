@@ -77,7 +77,7 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
         model = GPT(GPTConfig.from_settings(settings.model, vocab_size, length))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, parameter.size(1) ** -0.5)
+            parameter.normal_(0.0, parameter.size(-1) ** -0.5)
     model.compute_dtype = hardware.resolve_dtype(settings.dtype, device)
     several = device.type == "cuda" and settings.gpus > 1
     held = torch.empty(COMMUNICATION_BYTES if several else 0, dtype=torch.uint8, device=device)
