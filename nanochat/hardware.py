@@ -216,8 +216,9 @@ def parameter_count(sizes: Sizes, vocab_size: int) -> int:
 
 
 def kv_cache_bytes(sizes: Sizes, length: int, itemsize: int) -> int:
-    """Keys and values of one row of `length` positions; itemsize is the cache's, in bytes."""
-    return 2 * sizes.depth * sizes.kv_heads * (sizes.width // sizes.heads) * length * itemsize
+    """Keys and values of one row of `length` positions, with smear the token ids; itemsize is the cache's, in bytes."""
+    ids = 8 if "smear" in sizes.additions else 0
+    return length * (2 * sizes.depth * sizes.kv_heads * (sizes.width // sizes.heads) * itemsize + ids)
 
 
 def decode_bytes(sizes: Sizes, vocab_size: int, rows: int, length: int, itemsize: int) -> int:

@@ -21,6 +21,7 @@ from nanochat import command_settings, config, hardware
 from nanochat.data.loader import PretrainLoader
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import UserError
 from nanochat.files import read_json_lines
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.progress import say
@@ -67,6 +68,11 @@ def measure(
     cases              the rows; empty: plain, plain#2, each addition
     seconds            of training steps, each row
     """
+    for case in cases:
+        if unknown := set(case.removesuffix(OTHER_SEED).split("+")) - {PLAIN, *config.ADDITIONS}:
+            raise UserError(
+                f"benchmark ablation: --case {case}: no addition {min(unknown)}; there are {', '.join(config.ADDITIONS)}."
+            )
     for case in cases or [PLAIN, PLAIN + OTHER_SEED, *config.ADDITIONS]:
         torch._dynamo.reset()
         row = _row(setup, case, tokens, tokenizer, seconds, device)

@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", action="append", default=[], help="trainer, plans, ablation: only this row (d12, d12_t2048)"
     )
+    parser.add_argument(
+        "--once", action="store_true", help="plans: search each plan once, do not try its maximum again"
+    )
     parser.add_argument("--tokens", help="ablation: folder of the token shards")
     parser.add_argument("--seconds", type=float, default=ablation.SECONDS, help="ablation: training time of a row")
     parser.add_argument("--out", required=True, help="folder to write to")
@@ -148,7 +151,7 @@ def run_in_processes(arguments: argparse.Namespace) -> None:
     if arguments.name == "trainer":
         rows, facts = trainer.measure(settings, arguments.plan, arguments.case, arguments.steps), {}
     elif arguments.name == "plans":
-        rows, facts, gpus = plans.measure(settings, arguments.case, arguments.steps), {}, gpus[:1]
+        rows, facts, gpus = plans.measure(settings, arguments.case, arguments.steps, arguments.once), {}, gpus[:1]
     else:
         settings = settings or default_settings(torch.device("cuda" if gpus else "cpu"))
         gpus = gpus[:1]

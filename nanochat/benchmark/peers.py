@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanochat.model.gpt import GPT, GPTConfig
 
 Run = Callable[[list[list[int]]], object]
 VLLM_MEMORY = 0.4  # of the GPU; the rest stays with the other cases
+LLAMA_BATCH = 2048  # tokens that llama.cpp takes at a time
 
 
 def cases(model: GPT, new_tokens: int) -> dict[str, Run | str]:
@@ -27,7 +29,7 @@ def cases(model: GPT, new_tokens: int) -> dict[str, Run | str]:
         found |= transformers_cases(model.config, model.device, model.compute_dtype, new_tokens)
     found["vllm"] = _missing("vllm") or vllm_case(model.config, new_tokens)
     found["llama_cpp"] = (
-        _missing("llama_cpp") or "skipped: it reads its own file format, which this package does not write"
+        _missing("llama_cpp") or _missing("gguf") or llama_cpp_case(model.config, model.device, new_tokens)
     )
     return found
 
@@ -103,6 +105,100 @@ def vllm_case(config: GPTConfig, new_tokens: int) -> Run:
         return engine[0].generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
 
     return generate
+
+
+def llama_cpp_case(config: GPTConfig, device: torch.device, new_tokens: int) -> Run:
+    """Its decoder, all layers on the GPU, with flash attention and all rows in each batch.
+
+    Nothing is drawn from the logits: the same tokens are fed at every step. What choosing takes is left out of its time.
+    """
+    import llama_cpp
+
+    model: list = []
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # the library holds a bare pointer to it
+
+    def generate(prompts: list[list[int]]) -> None:
+        if not model:
+            path = write_gguf(Path(tempfile.mkdtemp(prefix="nanochat-llama-")) / "model.gguf", config)
+            llama_cpp.llama_log_set(silent, None)
+            settings = llama_cpp.llama_model_default_params()
+            settings.n_gpu_layers = 999 if device.type == "cuda" else 0
+            model.append(llama_cpp.llama_model_load_from_file(str(path).encode(), settings))
+        rows, first = len(prompts), len(prompts[0])
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = rows * (first + new_tokens), rows
+        settings.n_batch = settings.n_ubatch = max(LLAMA_BATCH, first, rows)
+        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        context = llama_cpp.llama_init_from_model(model[0], settings)
+        batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
+        try:
+            _decode_all(llama_cpp, context, batch, prompts, new_tokens, settings.n_batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+
+    return generate
+
+
+def _decode_all(llama_cpp, context, batch, prompts: list[list[int]], new_tokens: int, at_once: int) -> None:
+    """As many prompts at a time as `at_once` tokens hold, then `new_tokens` - 1 times a token of every row."""
+
+    def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
+        """tokens: (id, position, row, whether its logits are wanted)."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, row, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+            batch.seq_id[i][0] = row
+        if code := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode: {code}")
+        llama_cpp.llama_synchronize(context)
+
+    length = len(prompts[0])
+    together = max(1, at_once // length)
+    for first in range(0, len(prompts), together):
+        rows = range(first, min(first + together, len(prompts)))
+        decode([(token, at, row, at == length - 1) for row in rows for at, token in enumerate(prompts[row])])
+    for position in range(length, length + new_tokens - 1):
+        decode([(prompt[0], position, row, True) for row, prompt in enumerate(prompts)])
+
+
+def write_gguf(path: Path, config: GPTConfig) -> Path:
+    """A Llama of this shape as llama.cpp reads it: float16, random, without a vocabulary."""
+    import gguf
+
+    sizes, random = llama_settings(config), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(sizes["max_position_embeddings"])
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.depth)
+    writer.add_feed_forward_length(sizes["intermediate_size"])
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("no_vocab")
+    width, inner, kv = config.width, sizes["intermediate_size"], config.width // config.heads * config.kv_heads
+    matrices = {"token_embd": (config.vocab_size, width), "output": (config.vocab_size, width)}
+    vectors = ["output_norm"]
+    for layer in range(config.depth):
+        for name, shape in (("attn_q", (width, width)), ("attn_k", (kv, width)), ("attn_v", (kv, width))):
+            matrices[f"blk.{layer}.{name}"] = shape
+        matrices[f"blk.{layer}.attn_output"] = (width, width)
+        for name, shape in (("ffn_gate", (inner, width)), ("ffn_up", (inner, width)), ("ffn_down", (width, inner))):
+            matrices[f"blk.{layer}.{name}"] = shape
+        vectors += [f"blk.{layer}.attn_norm", f"blk.{layer}.ffn_norm"]
+    for name, shape in matrices.items():
+        values = random.standard_normal(shape, dtype=np.float32) * shape[1] ** -0.5
+        writer.add_tensor(f"{name}.weight", values.astype(np.float16))
+    for name in vectors:
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def _missing(package: str) -> str | None:

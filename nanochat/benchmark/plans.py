@@ -33,9 +33,12 @@ MORE = 1.03  # rows over the named maximum that must not fit any more
 
 
 def measure(
-    settings: command_settings.BenchmarkSettings | None, cases: list[str], steps: int | None
+    settings: command_settings.BenchmarkSettings | None, cases: list[str], steps: int | None, once: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The rows of benchmark/plans.json, one by one, of `cases` alone if there are any. This process makes no CUDA context."""
+    """The rows of benchmark/plans.json, one by one, of `cases` alone if there are any. This process makes no CUDA context.
+
+    once  search each plan cold only, and do not try its maximum again: whether training fits is what takes the time then
+    """
     gpu = next(iter(hardware.visible_gpus()), None) if settings is None or settings.benchmark.gpus else None
     if settings is None and gpu is None:
         raise trainer.no_gpu("plans")
@@ -43,9 +46,9 @@ def measure(
         if cases and case not in cases:
             continue
         with tempfile.TemporaryDirectory(prefix="nanochat-plans-") as folder:
-            row = {"case": case, **_row(wanted, gpu, Path(folder), steps or STEPS["cuda" if gpu else "cpu"])}
+            row = {"case": case, **_row(wanted, gpu, Path(folder), steps or STEPS["cuda" if gpu else "cpu"], once)}
         ends = "out of memory" if row["out_of_memory"] else f"{row['steps']} steps without running out of memory"
-        took = f"searched in {row['seconds_cold']:.0f} s cold, {row['seconds_warm']:.0f} s warm"
+        took = f"searched in {row['seconds_cold']:.0f} s cold"
         say("benchmark plans", f"{case}: {row['device_batch_size']} rows, {took}; {ends}")
         yield row
 
@@ -70,20 +73,23 @@ def _wanted(
             yield f"d{depth}_t{length}", command_settings.PlanSettings(model=sizes, sequence_length=length, **common)
 
 
-def _row(wanted: command_settings.PlanSettings, gpu: hardware.Gpu | None, folder: Path, steps: int) -> dict[str, Any]:
+def _row(
+    wanted: command_settings.PlanSettings, gpu: hardware.Gpu | None, folder: Path, steps: int, once: bool
+) -> dict[str, Any]:
     own = wanted.model_copy(
         update={"batch_size": wanted.batch_size.model_copy(update={"cache": str(folder / "plans")})}
     )
-    seconds = {}
+    seconds = dict.fromkeys(("seconds_cold", "seconds_warm", "seconds_cached"))
+    searches = (("cold", False), ("warm", False), ("cached", True))
     with _compilers_caches(folder):
-        for name, use_cache in (("cold", False), ("warm", False), ("cached", True)):
+        for name, use_cache in searches[:1] if once else searches:
             started = time.monotonic()
             plan = make_plan(own, use_cache)
             seconds[f"seconds_{name}"] = time.monotonic() - started
             say("benchmark plans", f"{name}: {plan['device_batch_size']} rows after {seconds[f'seconds_{name}']:.1f} s")
         limit, most = plan["capacity_bytes"] * (1 - plan["margin"]), plan["max_device_batch_size"]
         # On a CPU memory is no limit: the search ends before it.
-        tried = {"largest": most, "larger": math.ceil(most * MORE)} if gpu else {}
+        tried = {"largest": most, "larger": math.ceil(most * MORE)} if gpu and not once else {}
         peaks = {name: _peak(own, gpu, size) for name, size in tried.items()}
         task = {"model": wanted.model.model_dump(), "vocab_size": wanted.vocab_size, "seed": 1337, "steps": steps}
         task |= {"case": "training", "sequence_length": wanted.sequence_length, "rows": plan["device_batch_size"]}

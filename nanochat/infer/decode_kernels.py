@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanochat.infer.noise_kernels import gumbel
+
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -249,24 +251,6 @@ def _store_best(values, out, index, row, there, block, blocks, BLOCK_N: tl.const
     """The largest of each row of (BLOCK_M, BLOCK_N) and its column, the first of equals."""
     tl.store(out + row * blocks + block, tl.max(values, 1), mask=there)
     tl.store(index + row * blocks + block, block * BLOCK_N + tl.argmax(values, 1), mask=there)
-
-
-@triton.jit
-def gumbel(seed, draw, token):
-    """The noise of `sampling.gumbel`, number for number: seed and draw (R,) uint32, token (N,) -> (R, N) float32."""
-    golden: tl.constexpr = 0x9E3779B9
-    key = _mix(_mix(seed) + draw * golden)
-    bits = _mix(key[:, None] ^ _mix((token + 1).to(tl.uint32) * golden)[None, :]) >> 8
-    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * (1.0 / 16777216), 1.0 - 1.0 / 16777216)
-    return -tl.log(-tl.log(uniform))
-
-
-@triton.jit
-def _mix(bits):
-    """murmur3's finaliser on uint32."""
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return bits ^ (bits >> 16)
 
 
 @triton.jit(do_not_specialize=["capacity"])

@@ -102,8 +102,7 @@ def test_decode_rows_are_the_most_that_fit(sizes, length, memory_bytes):
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_a_cache_takes_what_the_formula_says(sizes):
     cache = KVCache(GPTConfig.from_settings(sizes, 101, 16), 5, 48, CPU, torch.bfloat16)
-    tensors = [t for value in vars(cache).values() for t in (value if isinstance(value, list | tuple) else [value])]
-    stored = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in cache.tensors())
     assert stored == 5 * hardware.kv_cache_bytes(sizes, 48, 2)
 
 

@@ -13,6 +13,8 @@ from nanochat.benchmark.timing import spread
 from nanochat.cli import main
 from nanochat.command_settings import BenchmarkSettings
 from nanochat.config import Benchmark, Model
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.files import sha256, write_json
 
 TINY = BenchmarkSettings(
     seed=1,
@@ -116,6 +118,42 @@ def test_the_trainer_is_measured_as_it_runs(tmp_path):
     assert 0 <= row["loader_fraction"] < 1
     assert row["checkpoint_write_seconds"] > 0
     assert row["compile_seconds"] is row["compile_warm_seconds"] is row["mfu"] is None
+
+
+@pytest.mark.slow
+def test_additions_are_held_against_the_plain_model(tmp_path):
+    """The same text, the same start, the same time; every second row another seed."""
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)])
+    tokenizer.save(tmp_path / "tokenizer")
+    shards = []
+    for split, tokens in (("train", 20_000), ("validation", 2_000)):
+        path = tmp_path / "tokens" / f"{split}-00000.bin"
+        path.parent.mkdir(exist_ok=True)
+        (np.arange(tokens) * 7 % 251).astype("<u2").tofile(path)
+        shard = {"file": path.name, "split": split, "tokens": tokens, "documents": 1, "text_bytes": tokens}
+        shards.append(shard | {"size_bytes": path.stat().st_size, "sha256": sha256(path)})
+    metrics = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "bos_id": 0, "tokenizer_sha256": ""}
+    write_json(tmp_path / "tokens" / "metrics.json", metrics | {"shards": shards})
+    where = ["--tokens", str(tmp_path / "tokens"), "--tokenizer", str(tmp_path / "tokenizer"), "--seconds", "0.5"]
+    cases = ["plain", "value_embeddings+smear", "plain#2"]
+    content = measure("ablation", tmp_path, *where, *[word for case in cases for word in ("--case", case)])
+    assert content.keys() >= HEADER
+    plain, added, again = content["rows"]
+    assert [row["case"] for row in content["rows"]] == cases
+    assert plain["parameters"] == again["parameters"] < added["parameters"]
+    assert plain["val_bpb"] != again["val_bpb"]
+    for row in content["rows"]:
+        assert row["tokens"] == row["steps"] * 16 * TINY.sequence_length
+        assert 0 < row["val_bpb"] < 8  # it learnt something of a text that repeats itself
+
+
+def test_an_unknown_addition_is_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(TINY.model_dump_json())
+    where = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path), "--case", "smeer"]
+    assert main(["benchmark", "ablation", *where, "--tokens", "x", "--tokenizer", "y"]) == 2
+    assert "smeer" in capsys.readouterr().err
+    assert main(["benchmark", "ablation", *where]) == 2
+    assert "--tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow

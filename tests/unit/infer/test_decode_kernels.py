@@ -16,9 +16,9 @@ from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
 from nanochat.config import ADDITIONS
 from nanochat.infer import decode_kernels as kernels
 from nanochat.infer.decode import Rows, advance, decode_step
-from nanochat.infer.decode_kernels import gumbel as gumbel_in_triton
 from nanochat.infer.engine import Engine
 from nanochat.infer.fused_step import FusedStep, Plan, Tile
+from nanochat.infer.noise_kernels import gumbel as gumbel_in_triton
 from nanochat.infer.requests import Request
 from nanochat.infer.sampling import Kind, RowSampling, Sampling, gumbel
 from nanochat.model.attention import KVCache, rotary_table, rotate
