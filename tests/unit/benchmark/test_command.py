@@ -271,7 +271,8 @@ def test_rows_hold_every_token_and_no_loss_on_padding(lengths, packed):
 
 def test_the_roofline_counts_weights_once_and_keys_by_row():
     """By hand, for 2 layers of 32, 256 entries: N = 2 x 12 x 32^2 + 256 x 32; a position of keys and values is 2 x 2 x 32."""
-    model = random_model(TINY)
+    plain = TINY.model.model_copy(update={"additions": []})
+    model = random_model(TINY.model_copy(update={"model": plain}))
     parameters = 2 * 12 * 32**2 + 256 * 32
     cost = roofline.cached_step(model, rows=3, filled=10)
     assert cost.bytes == 4 * (parameters + 3 * 10 * 2 * 2 * 32)
@@ -326,6 +327,28 @@ def test_a_peer_has_as_many_parameters_as_the_model():
     width = shape["hidden_size"]
     block = 4 * width**2 + 3 * width * shape["intermediate_size"]
     assert shape["num_hidden_layers"] * block == pytest.approx(model.matmul_parameters() - model.head.numel(), rel=0.01)
+
+
+def test_llama_cpp_reads_a_model_of_the_same_shape(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = random_model(TINY)
+    tensors = gguf.GGUFReader(peers.write_gguf(tmp_path / "model.gguf", model.config)).tensors
+    matrices = sum(
+        int(tensor.n_elements) for tensor in tensors if tensor.name.startswith("blk") and len(tensor.shape) == 2
+    )
+    assert matrices == pytest.approx(model.matmul_parameters() - model.head.numel(), rel=0.01)
+    assert {tuple(tensor.shape) for tensor in tensors if tensor.name in ("token_embd.weight", "output.weight")} == {
+        (32, 256)
+    }
+
+
+def test_llama_cpp_decodes_several_rows():
+    pytest.importorskip("gguf")
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: it is compiled for the machine it runs on"
+    )
+    run = peers.llama_cpp_case(random_model(TINY).config, torch.device("cpu"), new_tokens=4)
+    run([[5] * 8] * 3)
 
 
 def test_mixed_lengths_long_prompts_and_captures_are_measured():
