@@ -260,8 +260,9 @@ def run_ablation(
     """Rows and facts of ablation.json."""
     if not (arguments.tokens and arguments.tokenizer):
         raise UserError("benchmark ablation: give --tokens and --tokenizer, the folders of those stages.")
-    setup = ablation.setup_for(settings if arguments.config else None, device)
-    rows = ablation.measure(setup, device, arguments.tokens, arguments.tokenizer, arguments.case, arguments.seconds)
+    given = settings if arguments.config else None
+    setup = ablation.Setup.of(arguments.tokens, arguments.tokenizer, given, device)
+    rows = ablation.measure(setup, device, arguments.case, arguments.seconds)
     return rows, {"tokens": arguments.tokens, "seconds_a_row": arguments.seconds}
 
 
