@@ -131,6 +131,7 @@ def test_scaling_the_gradients_is_as_if_they_had_been_larger():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_compiled_update_is_the_eager_one():
     models = [model_with_gradients().cuda() for _ in range(2)]
     optimizers = [Optimizer(model, config.Optimizer(), torch.float32, compile=i > 0) for i, model in enumerate(models)]
