@@ -1,6 +1,6 @@
 """What each command receives, cut out of the settings of a run: a stage depends on its own and nothing global."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -70,6 +70,33 @@ class TrainingSettings(Settings):
     trackers: list[Literal["tensorboard", "wandb"]] = Field([])
     optimizer: Optimizer
     train: Base | ChatStage
+
+    @classmethod
+    def for_measuring(
+        cls,
+        model: Model,
+        vocab_size: int,
+        dtype: str,
+        compile: str,
+        seed: int,
+        on_nonfinite: str = "stop",
+        **train: Any,
+    ) -> "TrainingSettings":
+        """Of a training of which only measurements stay: its last checkpoint is the only one, unless it is told to save.
+
+        train  settings of the stage, as of `Base`
+        """
+        return cls(
+            stage="base",
+            seed=seed,
+            model=model,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            compile=compile,
+            on_nonfinite=on_nonfinite,
+            optimizer=Optimizer(),
+            train=Base(checkpoint_every_seconds=1e9, keep_checkpoints=1, **train),
+        )
 
 
 class EvaluationSettings(Settings):

@@ -74,9 +74,11 @@ def measure(setup: Setup, device: torch.device, cases: list[str], seconds: float
     Raises UserError for an addition that there is none of.
     """
     for case in cases:
-        if unknown := set(case.removesuffix(OTHER_SEED).split("+")) - {PLAIN, *config.ADDITIONS}:
-            known = ", ".join((PLAIN, *config.ADDITIONS))
-            raise UserError(f"benchmark ablation: --case {case}: no addition {min(unknown)}; there are {known}.")
+        if unknown := set(_additions(case)) - set(config.ADDITIONS):
+            known = ", ".join(config.ADDITIONS)
+            raise UserError(
+                f"benchmark ablation: --case {case}: no addition {min(unknown)}; there are {known}, and plain alone."
+            )
     for case in cases or CASES:
         torch.compiler.reset()
         row = _row(setup, case, seconds, device)
@@ -85,10 +87,14 @@ def measure(setup: Setup, device: torch.device, cases: list[str], seconds: float
         yield row
 
 
-def _row(setup: Setup, case: str, seconds: float, device: torch.device) -> dict[str, Any]:
+def _additions(case: str) -> list[str]:
     name = case.removesuffix(OTHER_SEED)
-    seed = setup.seed + (name != case)
-    sizes = setup.model.model_copy(update={"additions": [] if name == PLAIN else name.split("+")}).resolved()
+    return [] if name == PLAIN else name.split("+")
+
+
+def _row(setup: Setup, case: str, seconds: float, device: torch.device) -> dict[str, Any]:
+    seed = setup.seed + case.endswith(OTHER_SEED)
+    sizes = setup.model.model_copy(update={"additions": _additions(case)}).resolved()
     with world(1 if device.type == "cuda" else 0) as ranks:
         _, lines = _trained(setup, sizes, TRIAL_STEPS, seed, ranks, validate=False)
         step_seconds = statistics.median(line["seconds"] for line in lines[WARM_STEPS:])
@@ -125,24 +131,21 @@ def _trained(
     model.init_weights(torch.Generator().manual_seed(seed))
     model.to(ranks.device).compute_dtype = hardware.resolve_dtype(setup.dtype, ranks.device)
     train, held_out = (TokenShards.open(setup.tokens, split, verify=False) for split in ("train", "validation"))
-    settings = command_settings.TrainingSettings(
-        stage="base",
-        seed=seed,
-        model=sizes,
-        vocab_size=tokenizer.vocab_size,
-        dtype=setup.dtype,
-        compile=setup.compile,
-        on_nonfinite="stop",
-        optimizer=config.Optimizer(),
-        train=config.Base(
-            gpus=1 if ranks.device.type == "cuda" else 0,
-            sequence_length=length,
-            tokens_per_step=setup.tokens_per_step,
-            validate_every_steps=NEVER,
-            validation_tokens=setup.validation_tokens,
-            checkpoint_every_seconds=1e9,
-            keep_checkpoints=1,
-        ),
+    if validate and held_out.total_tokens <= length:
+        raise UserError(
+            f"{setup.tokens}: {held_out.total_tokens} held-out tokens: not one row of {length}. Hold out more text."
+        )
+    settings = command_settings.TrainingSettings.for_measuring(
+        sizes,
+        tokenizer.vocab_size,
+        setup.dtype,
+        setup.compile,
+        seed,
+        gpus=1 if ranks.device.type == "cuda" else 0,
+        sequence_length=length,
+        tokens_per_step=setup.tokens_per_step,
+        validate_every_steps=NEVER,
+        validation_tokens=setup.validation_tokens,
     )
     with tempfile.TemporaryDirectory(prefix="nanochat-ablation-") as folder:
         trainer = Trainer(

@@ -10,7 +10,7 @@ ablation     what the model's additions give in the same time: trains with and w
 first_token  do several samples of one prompt draw their first token independently?
 
 Reads  --config, --plan, --model, --tokenizer, --conversations, each of them optional: without settings the study's shape (on a
-       CPU a tiny one), without a model random weights, without conversations random tokens of usual lengths
+       CPU a tiny one), without a model random weights, without conversations random tokens of usual lengths; ablation needs --tokens and --tokenizer
 Writes --out/NAME.json
 
 Needs torch, numpy, pydantic, safetensors and tiktoken, so that it runs on a bare GPU node: `python -m nanochat benchmark

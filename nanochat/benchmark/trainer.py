@@ -223,24 +223,17 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
 
 def _training_settings(task: dict[str, Any]) -> command_settings.TrainingSettings:
     """No validation unless the task says so, and no checkpoint but those that are measured."""
-    return command_settings.TrainingSettings(
-        stage="base",
-        seed=task["seed"],
-        model=config.Model(**task["model"]),
-        vocab_size=task["vocab_size"],
-        dtype=task["dtype"],
-        compile=task["compile"],
-        on_nonfinite="stop",
-        optimizer=config.Optimizer(),
-        train=config.Base(
-            gpus=task["gpus"],
-            sequence_length=task["sequence_length"],
-            tokens_per_step=task["tokens_per_step"],
-            validate_every_steps=task.get("validate_every_steps", NEVER),
-            validation_tokens=2 * task["rows"] * task["sequence_length"],
-            checkpoint_every_seconds=1e9,
-            keep_checkpoints=1,
-        ),
+    return command_settings.TrainingSettings.for_measuring(
+        config.Model(**task["model"]),
+        task["vocab_size"],
+        task["dtype"],
+        task["compile"],
+        task["seed"],
+        gpus=task["gpus"],
+        sequence_length=task["sequence_length"],
+        tokens_per_step=task["tokens_per_step"],
+        validate_every_steps=task.get("validate_every_steps", NEVER),
+        validation_tokens=2 * task["rows"] * task["sequence_length"],
     )
 
 

@@ -4,8 +4,8 @@ value_embeddings  every second layer, the last among them, has a token embedding
                   (Zhou et al. 2024)
 smear             a learnt share of the token before is added to each embedded token
 
-Constants and starts are those of nanochat (2026), which took them from modded-nanogpt. Its residual scalars and backout are not
-here: they did not lower the loss (docs/performance.md).
+Constants and starts are those of nanochat (2026), but that the smear's gate starts at zero here. Its residual scalars and backout
+are not here: they did not lower the loss (docs/performance.md).
 """
 
 import torch

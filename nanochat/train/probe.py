@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat import command_settings, config, hardware
+from nanochat import command_settings, hardware
 from nanochat.files import read_json_lines, read_settings
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train.distributed import World
@@ -125,23 +125,18 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
 def training_settings(settings: command_settings.PlanSettings, rows: int) -> command_settings.TrainingSettings:
     """Those of a training of such micro-batches, with one validation among the first steps and no checkpoint."""
     tokens = rows * settings.sequence_length
-    return command_settings.TrainingSettings(
-        stage="base",
+    return command_settings.TrainingSettings.for_measuring(
+        settings.model,
+        settings.vocab_size,
+        settings.dtype,
+        settings.compile,
         seed=0,
-        model=settings.model,
-        vocab_size=settings.vocab_size,
-        dtype=settings.dtype,
-        compile=settings.compile,
         on_nonfinite="skip",
-        optimizer=config.Optimizer(),
-        train=config.Base(
-            gpus=settings.gpus,
-            sequence_length=settings.sequence_length,
-            tokens_per_step=MICRO_STEPS * tokens,
-            validate_every_steps=WARM_STEPS,
-            validation_tokens=tokens,
-            checkpoint_every_seconds=1e9,
-        ),
+        gpus=settings.gpus,
+        sequence_length=settings.sequence_length,
+        tokens_per_step=MICRO_STEPS * tokens,
+        validate_every_steps=WARM_STEPS,
+        validation_tokens=tokens,
     )
 
 

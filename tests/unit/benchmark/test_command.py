@@ -152,6 +152,9 @@ def test_an_unknown_addition_is_named(tmp_path, capsys):
     where = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path), "--case", "smeer"]
     assert main(["benchmark", "ablation", *where, "--tokens", "x", "--tokenizer", "y"]) == 2
     assert "smeer" in capsys.readouterr().err
+    where[-1] = "plain+smear"
+    assert main(["benchmark", "ablation", *where, "--tokens", "x", "--tokenizer", "y"]) == 2
+    assert "no addition plain" in capsys.readouterr().err
     assert main(["benchmark", "ablation", *where]) == 2
     assert "--tokens" in capsys.readouterr().err
 
