@@ -32,6 +32,11 @@ class Lab:
             raise AssertionError(f"{' '.join(command)}: {done.stderr or done.stdout}")
         return done.stdout.strip()
 
+    def take_nodes(self, nodes: int, seconds: int) -> None:
+        """Submit a job of the higher partition on all GPUs of so many nodes, which preempts what runs there."""
+        size = [f"-N{nodes}", "--gpus-per-node=4", "--mem=100", "--time=1"]
+        self.call("sbatch", "-p", "gpu_high", *size, "-o", "/dev/null", "--wrap", f"sleep {seconds}")
+
     def sacct(self, job_id: str, fields: str) -> list[list[str]]:
         """Every run of a job, oldest first."""
         text = self.call("sacct", "-X", "-D", "-P", "-n", "-S", "now-1hours", "-j", job_id, "-o", fields)

@@ -101,8 +101,7 @@ def test_a_training_on_two_nodes_that_is_preempted_has_the_curve_of_an_undisturb
     driver = start(cluster, checkout, "base")
     log = checkout / "results/base/log.jsonl"
     wait_until(lambda: log.exists() and len(losses(checkout)) > 20, 120, "training")
-    high = ["sbatch", "-p", "gpu_high", "-N2", "--gpus-per-node=4", "--mem=100", "--time=1", "-o", "/dev/null"]
-    cluster.call(*high, "--wrap", "sleep 3")
+    cluster.take_nodes(2, seconds=3)
     finish(driver, checkout, 400)
     base = [r for r in ledger.read_attempts(checkout / "results/jobs/ledger.jsonl") if r["rule"] == "base"]
     assert [record["state"] for record in base[-2:]] == ["PREEMPTED", "COMPLETED"]

@@ -30,19 +30,7 @@ def steps_done(driver) -> int:
 def test_preemption_loses_no_step(run, cluster):
     driver = run(training(40, gpus=8), "--set-resources", "train:nodes=2")
     wait_until(lambda: steps_done(driver) >= 8, 60, "training")
-    high = [
-        "sbatch",
-        "--parsable",
-        "-p",
-        "gpu_high",
-        "-N1",
-        "--gpus-per-node=4",
-        "--mem=100",
-        "--time=1",
-        "--wrap",
-        "sleep 5",
-    ]
-    cluster.call(*high)
+    cluster.take_nodes(1, seconds=5)
     driver.succeeds(150)
     curve, repeated = read(driver.folder / "state/train")
     assert curve == undisturbed(40)
@@ -160,19 +148,7 @@ def test_a_two_node_training_saves_on_every_rank_at_a_preemption(run, cluster):
     (driver.folder / "steps.py").write_text(STEPS)
     log = driver.folder / "log/ranks.log"
     wait_until(lambda: log.exists() and "step 5/" in log.read_text(), 90, "training")
-    high = [
-        "sbatch",
-        "--parsable",
-        "-p",
-        "gpu_high",
-        "-N1",
-        "--gpus-per-node=4",
-        "--mem=100",
-        "--time=1",
-        "--wrap",
-        "sleep 2",
-    ]
-    cluster.call(*high)
+    cluster.take_nodes(1, seconds=2)
     driver.succeeds(200)
     steps = [int(line) for line in (driver.folder / "steps").read_text().split()]
     assert steps == list(range(1, 41))
