@@ -1,9 +1,9 @@
-"""Triton kernels of the decode step: five a layer, and one each before and after.
+"""Triton kernels of the decode step: five a layer (with `product_kernels`), and one each before and after.
 
 At one row a step is a chain of some sixty small kernels that depend on each other, and what counts is how long the memory idles
-between two of them. So each kernel fuses all that needs no other program's result, and with PDL (programmatic dependent
-launch, Hopper) starts while the one before still runs: what does not depend on that one, the weights and the old keys and
-values, it fetches before it waits. The first kernel of a step is launched without PDL, so that all before it has finished.
+between two of them. So each kernel fuses all that needs no other program's result, and with PDL
+(`dependent_launch`) starts while the one before still runs: what does not depend on that one, the weights and the old keys
+and values, it fetches before it waits. The first kernel of a step is launched without PDL, so that all before it has finished.
 
 The stream x between the layers travels with the sums of its squares, one part for each block of columns that was written:
 a norm without gains is one factor a row, which the product's epilogue applies. Nothing is added atomically; what a row gets
@@ -14,50 +14,11 @@ Shapes: R rows, C width, K a product's inner and N its outer size, H heads, KV h
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanochat.infer.noise_kernels import gumbel
+from nanochat.infer.dependent_launch import fetch_lines, start, wait
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-# What a product does with its result.
-STORE = tl.constexpr(0)
-SQUARED_RELU = tl.constexpr(1)
-ADD = tl.constexpr(2)  # to the stream, in place, with the sums of squares
-PART = tl.constexpr(3)  # one of several parts of the sum over K; `add_parts` joins them
-ARGMAX = tl.constexpr(4)  # of each block of logits
-DRAW = tl.constexpr(5)  # the same after Gumbel noise: a draw
-LOGITS = tl.constexpr(6)
-
-
-@triton.jit
-def _start(PDL: tl.constexpr):
-    """Let the next kernel start now; it waits itself for what it needs."""
-    if PDL == 1:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    """Until the kernel before has ended and what it wrote is visible."""
-    if PDL:
-        gdc_wait()
-    if PDL == 2:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _fetch_ahead(tile, outer, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STRIDE_BYTES: tl.constexpr):
-    """Ask the L2 cache for the first min(ROWS, outer) rows of a tile, ROW_BYTES each: one request for a line of 128."""
-    LINES: tl.constexpr = (ROW_BYTES + 127) // 128
-    line = tl.arange(0, ROWS)[:, None] * 0 + tl.arange(0, 16)[None, :]
-    row = tl.minimum(tl.arange(0, ROWS), outer - 1).to(tl.int64)[:, None]
-    for first in tl.static_range(0, LINES, 16):
-        at = tile.to(tl.int64) + row * STRIDE_BYTES + tl.minimum(first + line, LINES - 1) * 128
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -80,7 +41,7 @@ def embed(
     PDL: tl.constexpr,
 ):
     """x = norm(embedding[token]), smeared, and the sums of its squares. One program a row. `column` moves on by one step."""
-    _start(PDL)
+    start(PDL)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -110,181 +71,13 @@ def _normed(source, inside, WIDTH: tl.constexpr):
     return (values * tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPSILON)).to(source.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "capacity", "blocks", "softcap"])
-def matmul(
-    x,  # (R, K)
-    weight,  # (N, K)
-    out,  # (R, N); PART: (SPLITS, capacity, N) float32; ARGMAX and DRAW: (R, blocks) float32, each block's best
-    index,  # ARGMAX and DRAW: (R, blocks) int32, its column
-    squares,  # (parts, capacity) float32: NORMED reads it; ADD writes it to squares_out
-    squares_out,
-    temperature,  # (R,) float32 ]
-    seed,  # (R,) int64          ] for DRAW
-    position,  # (R,) int64      ]
-    rows,
-    parts,
-    capacity,  # rows that the buffers hold
-    blocks,  # of columns
-    softcap,
-    N,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,  # tiles in flight to the tensor cores; 0: for few rows, weights fetched into registers before the wait
-    NORMED: tl.constexpr,
-    PARTS: tl.constexpr,  # power of two, at least `parts`
-    EPILOGUE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """x @ weight.T with what comes before and after it. Grid (blocks of N, blocks of R, SPLITS)."""
-    _start(PDL)
-    block, split = tl.program_id(0), tl.program_id(2)
-    first_row = tl.program_id(1) * BLOCK_M
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (column < N)[:, None]
-    inner = split * (K // SPLITS) + tl.arange(0, BLOCK_K)
-    w_at = weight + column.to(tl.int64)[:, None] * K + inner[None, :]
-    STEPS: tl.constexpr = K // SPLITS // BLOCK_K
-    if STAGES == 0:
-        held = ()
-        for step in tl.static_range(STEPS):
-            held = held + (tl.load(w_at + step * BLOCK_K, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
-        _wait(PDL)
-        for m in tl.static_range(BLOCK_M):
-            if first_row + m < rows:
-                # Each thread loads what it multiplies: a tile of x like that of the weights, so that none is passed around.
-                x_at = x + (first_row + m) * K + inner[None, :] + tl.zeros((BLOCK_N, 1), tl.int32)
-                products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-                for step in tl.static_range(STEPS):
-                    products += tl.load(x_at + step * BLOCK_K).to(tl.float32) * held[step]
-                row = first_row + m + tl.arange(0, 1)
-                _end(
-                    tl.sum(products, 1)[None, :], row, row < rows, column, block, split, out, index, squares, squares_out,
-                    temperature, seed, position, parts, capacity, blocks, softcap, N, K, BLOCK_N, NORMED, PARTS, EPILOGUE,
-                )  # fmt: skip
-    else:
-        row = first_row + tl.arange(0, BLOCK_M)
-        there = row < rows
-        x_at = x + row[:, None] * K + inner[None, :]
-        if PDL:
-            SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-            start = weight + block.to(tl.int64) * BLOCK_N * K + split * (K // SPLITS)
-            _fetch_ahead(start, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
-        _wait(PDL)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            some = tl.load(x_at + step * BLOCK_K, mask=there[:, None], other=0.0)
-            tile = tl.load(w_at + step * BLOCK_K, mask=inside, other=0.0)
-            total = tl.dot(some, tile.T, total)
-        _end(
-            total, row, there, column, block, split, out, index, squares, squares_out,
-            temperature, seed, position, parts, capacity, blocks, softcap, N, K, BLOCK_N, NORMED, PARTS, EPILOGUE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _end(
-    total,  # (rows of the tile, BLOCK_N) float32
-    row,
-    there,
-    column,
-    block,
-    split,
-    out,
-    index,
-    squares,
-    squares_out,
-    temperature,
-    seed,
-    position,
-    parts,
-    capacity,
-    blocks,
-    softcap,
-    N,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NORMED: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):
-    """Scale and store one tile of a product."""
-    inside = column < N
-    if NORMED:
-        part = tl.arange(0, PARTS)
-        here = (part < parts)[:, None] & there[None, :]
-        sums = tl.load(squares + part[:, None] * capacity + row[None, :], mask=here, other=0.0)
-        total *= tl.rsqrt(tl.sum(sums, 0) / K + EPSILON)[:, None]
-    place = row[:, None] * N + column[None, :]
-    both = there[:, None] & inside[None, :]
-    if EPILOGUE == STORE:
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=both)
-    elif EPILOGUE == SQUARED_RELU:
-        positive = tl.maximum(total, 0.0)
-        tl.store(out + place, (positive * positive).to(out.dtype.element_ty), mask=both)
-    elif EPILOGUE == ADD:
-        stream = (tl.load(out + place, mask=both, other=0.0).to(tl.float32) + total).to(out.dtype.element_ty)
-        tl.store(out + place, stream, mask=both)
-        wide = stream.to(tl.float32)
-        tl.store(squares_out + block * capacity + row, tl.sum(wide * wide, 1), mask=there)
-    elif EPILOGUE == PART:
-        tl.store(out + split * capacity * N + place, total, mask=both)
-    elif EPILOGUE == ARGMAX:
-        _store_best(tl.where(inside[None, :], total, float("-inf")), out, index, row, there, block, blocks, BLOCK_N)
-    else:
-        logits = softcap * (2 * tl.sigmoid(2 * total / softcap) - 1)
-        if EPILOGUE == LOGITS:
-            tl.store(out + row.to(tl.int64)[:, None] * N + column[None, :], logits, mask=both)
-        else:
-            heat = tl.load(temperature + row, mask=there, other=0.0)[:, None]
-            key = tl.load(seed + row, mask=there, other=0).to(tl.uint32)
-            draws = (tl.load(position + row, mask=there, other=0) + 1).to(tl.uint32)
-            noisy = logits / tl.maximum(heat, 1e-6) + gumbel(key, draws, column)
-            noisy = tl.where(heat > 0, noisy, logits)
-            _store_best(tl.where(inside[None, :], noisy, float("-inf")), out, index, row, there, block, blocks, BLOCK_N)
-
-
-@triton.jit
-def _store_best(values, out, index, row, there, block, blocks, BLOCK_N: tl.constexpr):
-    """The largest of each row of (BLOCK_M, BLOCK_N) and its column, the first of equals."""
-    tl.store(out + row * blocks + block, tl.max(values, 1), mask=there)
-    tl.store(index + row * blocks + block, block * BLOCK_N + tl.argmax(values, 1), mask=there)
-
-
-@triton.jit(do_not_specialize=["capacity"])
-def add_parts(
-    x,
-    parts,
-    squares,
-    capacity,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """x (R, C) += the sum of parts (SPLITS, capacity, C) in their order; squares (1, R). One program a row."""
-    _start(PDL)
-    row, at = tl.program_id(0), tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    _wait(PDL)
-    total = tl.load(x + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + (split * capacity + row) * WIDTH + at, mask=inside, other=0.0)
-    rounded = total.to(x.dtype.element_ty)
-    tl.store(x + row * WIDTH + at, rounded, mask=inside)
-    wide = rounded.to(tl.float32)
-    tl.store(squares + row, tl.sum(wide * wide, 0))
-
-
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attend(
     qkv,  # (R, STRIDE): H + 2 KV heads of D; GATED: then KV gates
     keys,  # (rows, L, KV, D), one row's memory in one piece
     values,
     out,  # (R, H, D); SPLITS > 1: (SPLITS, capacity, H, D) float32, not normalised
-    stats,  # SPLITS > 1: (SPLITS, capacity, H, 2) float32, largest score (base 2) and sum
+    totals,  # SPLITS > 1: (SPLITS, capacity, H) float32, sums of exponentials
     cos,  # (positions, D / 2)
     sin,
     position,  # (R,) int64, of the new token
@@ -295,35 +88,45 @@ def attend(
     capacity,
     STRIDE: tl.constexpr,
     GATED: tl.constexpr,
+    WINDOW: tl.constexpr,  # keys that a query sees, its own among them; 0: all
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # queries of one head of keys, padded to a tensor core's tile
+    BLOCK_G: tl.constexpr,  # queries of one head of keys: 1, or padded to a tensor core's tile
     BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,  # fetch the first tile before the wait
+    EARLY: tl.constexpr,  # fetch before the wait: 0 nothing, 1 the first tile into registers, 2 everything into the L2 cache
     PDL: tl.constexpr,
 ):
     """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, KV, SPLITS).
 
-    The filled positions are divided among the splits in whole tiles; the new token belongs to the first split. A row that
+    The filled positions that it sees are divided among the splits in whole tiles; the new token belongs to the first split. A row that
     has halted reads and stores nothing.
     """
-    _start(PDL)
+    start(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     d, query, t = tl.arange(0, D), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_T)
     alive = tl.load(running + row).to(tl.int1)
     here = tl.minimum(tl.load(position + row), length - 1).to(tl.int32)
     filled = tl.where(alive, here, 0)
-    chunk = tl.cdiv(tl.cdiv(filled, SPLITS), BLOCK_T) * BLOCK_T
-    first = split * chunk
+    oldest = tl.maximum(filled - (WINDOW - 1), 0) if WINDOW else filled * 0
+    chunk = tl.cdiv(tl.cdiv(filled - oldest, SPLITS), BLOCK_T) * BLOCK_T
+    first = oldest + split * chunk
     last = tl.minimum(first + chunk, filled)
     side = (row.to(tl.int64) * length * KV_HEADS + head) * D
     keys += side
     values += side
     at = t[:, None] * (KV_HEADS * D) + d[None, :]
-    if EARLY:
+    if EARLY == 2 and PDL:
+        LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)  # numbers of a line
+        LINES: tl.constexpr = (D + LINE - 1) // LINE
+        for begin in tl.range(first, last, BLOCK_T):
+            lines = tl.minimum(begin + t, last - 1)[:, None] * (KV_HEADS * D)
+            lines += tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+            fetch_lines(keys + lines)
+            fetch_lines(values + lines)
+    if EARLY == 1:
         seen = first + t < last
         k = tl.load(keys + first * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
         v = tl.load(values + first * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
@@ -333,7 +136,7 @@ def attend(
     other = (d + D // 2) % D
     if GATED:
         added = tl.load(embedding + (tl.load(token + row) * KV_HEADS + head) * D + d)
-    _wait(PDL)
+    wait(PDL)
     qkv += row * STRIDE
     real = (query < GROUP)[:, None]
     q_at = qkv + (head * GROUP + query)[:, None] * D
@@ -348,23 +151,33 @@ def attend(
         share = 3 * tl.sigmoid(tl.load(qkv + (HEADS + 2 * KV_HEADS) * D + head).to(tl.float32))
         new_v = (new_v.to(tl.float32) + share * added.to(tl.float32)).to(new_v.dtype)
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
+    # Queries and keys are normed, so a score is sqrt(D) at most and its exponential fits: no maximum is subtracted. In float16
+    # it fits up to 2^15.
+    SHIFT: tl.constexpr = SCALE * D - 15.0 if SCALE * D > 15.0 else 0.0
     owner = split == 0
     if owner & alive:
         tl.store(keys + here * (KV_HEADS * D) + d, new_k)
         tl.store(values + here * (KV_HEADS * D) + d, new_v)
-    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE  # (BLOCK_G,)
-    largest = tl.where(owner, score, float("-inf"))
-    total = tl.where(owner, 1.0, 0.0) + tl.zeros((BLOCK_G,), tl.float32)
-    mixed = tl.where(owner, new_v.to(tl.float32)[None, :], 0.0) + tl.zeros((BLOCK_G, D), tl.float32)
-    if EARLY:
+    p = tl.exp2(tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE - SHIFT)  # (BLOCK_G,)
+    new_share = tl.where(owner, p, 0.0)
+    new_mixed = tl.where(owner, new_share[:, None] * new_v.to(tl.float32)[None, :], 0.0)
+    # With one query each position has its own sums, which are added up at the end: until then nothing passes between threads
+    # but what a score needs. With several, tensor cores.
+    SUMS: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
+    total, mixed = tl.zeros((SUMS,), tl.float32), tl.zeros((SUMS, D), tl.float32)
+    if EARLY == 1:
         if last > first:
-            largest, total, mixed = _attend_tile(q, k, v, seen, largest, total, mixed, SCALE)
+            total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT, BLOCK_G)
         first += BLOCK_T
-    for start in tl.range(first, last, BLOCK_T):
-        seen = start + t < last
-        k = tl.load(keys + start * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
-        v = tl.load(values + start * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
-        largest, total, mixed = _attend_tile(q, k, v, seen, largest, total, mixed, SCALE)
+    for begin in tl.range(first, last, BLOCK_T):
+        seen = begin + t < last
+        k = tl.load(keys + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
+        v = tl.load(values + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
+        total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT, BLOCK_G)
+    if BLOCK_G == 1:
+        total, mixed = tl.sum(total, 0)[None], tl.sum(mixed, 0)[None, :]
+    total += new_share
+    mixed += new_mixed
     heads = head * GROUP + query
     if SPLITS == 1:
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
@@ -372,35 +185,32 @@ def attend(
     else:
         place = (split * capacity + row) * HEADS + heads
         tl.store(out + place[:, None] * D + d[None, :], mixed, mask=real)
-        tl.store(stats + place * 2, largest, mask=query < GROUP)
-        tl.store(stats + place * 2 + 1, total, mask=query < GROUP)
+        tl.store(totals + place, total, mask=query < GROUP)
 
 
 @triton.jit
-def _attend_tile(q, k, v, seen, largest, total, mixed, SCALE: tl.constexpr):
-    """One tile of keys and values joins the running softmax (Milakov & Gimelshein 2018), in powers of two."""
-    scores = tl.where(seen[None, :], tl.dot(q, k.T) * SCALE, float("-inf"))  # (BLOCK_G, BLOCK_T)
-    now = tl.maximum(largest, tl.max(scores, 1))
-    shrink = tl.exp2(largest - now)
-    p = tl.exp2(scores - now[:, None])
-    return now, total * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, mixed * shrink[:, None])
+def _attend_tile(q, k, v, seen, total, mixed, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_G: tl.constexpr):
+    """One tile of keys and values joins the sums."""
+    if BLOCK_G == 1:
+        scores = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1) * SCALE - SHIFT  # (BLOCK_T,)
+        p = tl.where(seen, tl.exp2(scores), 0.0)
+        return total + p, mixed + p[:, None] * v.to(tl.float32)
+    else:
+        p = tl.where(seen[None, :], tl.exp2(tl.dot(q, k.T) * SCALE - SHIFT), 0.0)  # (BLOCK_G, BLOCK_T)
+        return total + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, mixed)
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def merge(parts, stats, out, capacity, HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+def merge(parts, totals, out, capacity, HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """Join the splits of `attend` in their order: out (R, H, D). Grid (R, H)."""
-    _start(PDL)
+    start(PDL)
     row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    _wait(PDL)
-    largest = tl.load(stats + (row * HEADS + head) * 2)
-    for split in tl.static_range(1, SPLITS):
-        largest = tl.maximum(largest, tl.load(stats + ((split * capacity + row) * HEADS + head) * 2))
+    wait(PDL)
     total, mixed = 0.0, tl.zeros((D,), tl.float32)
     for split in tl.static_range(SPLITS):
         place = (split * capacity + row) * HEADS + head
-        share = tl.exp2(tl.load(stats + place * 2) - largest)
-        total += share * tl.load(stats + place * 2 + 1)
-        mixed += share * tl.load(parts + place * D + d)
+        total += tl.load(totals + place)
+        mixed += tl.load(parts + place * D + d)
     tl.store(out + (row * HEADS + head) * D + d, (mixed / total).to(out.dtype.element_ty))
 
 
@@ -425,13 +235,13 @@ def finish(
     PDL: tl.constexpr,
 ):
     """`decode.advance`, and before it the best of each row's blocks unless GIVEN. One program a row."""
-    _start(PDL)
+    start(PDL)
     row = tl.program_id(0)
     stop_at = tl.arange(0, BLOCK_STOPS)
     alive = tl.load(running + row).to(tl.int1)
     left = tl.load(remaining + row) - 1
     stop_ids = tl.load(stops + row * STOPS + stop_at, mask=stop_at < STOPS, other=-1)
-    _wait(PDL)
+    wait(PDL)
     write = tl.load(column) - 1
     if GIVEN:
         new = tl.load(given + row)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanochat.infer.decoder import Decoder, captured
 from nanochat.model.additions import before
-from nanochat.model.kernels import norm
+from nanochat.model.kernels import causal_attention, norm
 from nanochat.model.loss import softcapped_logits
 
 RELU_BLOCK = 1024
@@ -88,9 +88,7 @@ class FusedPrefill:
                 1 << (heads + 2 * kv_heads - 1).bit_length(),
             )
             queries, keys, values = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)  # (P, H, T, D)
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, enable_gqa=heads != kv_heads
-            )
+            attended = causal_attention(queries, keys, values, step.windows[layer])
             x = torch.addmm(x, attended.transpose(1, 2).reshape(count * width, -1), out.T)
             hidden = F.linear(norm(x), up)
             self.kernels.squared_relu_[(-(-hidden.numel() // RELU_BLOCK),)](hidden, RELU_BLOCK, hidden.numel())

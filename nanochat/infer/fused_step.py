@@ -6,7 +6,7 @@ serves half precision on CUDA; everything else, and the check of it, is `decode_
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def unusable(model: GPT) -> str | None:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: (m, n, k) a program and step, `splits` of K, `stages` tiles in flight; 0: no tensor cores, the weights
-    held in registers, which is for few rows."""
+    """How a product is cut: (m, n, k) a program and step, `splits` of K among programs, `lanes` of each k among tensor cores,
+    `stages` tiles in flight; 0: the weights are held in registers. m < 16: without tensor cores, for few rows."""
 
     m: int
     n: int
@@ -47,14 +47,15 @@ class Tile:
     splits: int = 1
     stages: int = 0
     warps: int = 4
+    lanes: int = 1
 
     def fitted(self, inner: int) -> "Tile":
-        """The same with the largest steps, and at most as many splits, that divide K = inner."""
+        """The same with the largest steps, and at most as many splits and lanes, that divide K = inner."""
         splits = max(s for s in range(1, self.splits + 1) if inner % (s * 16) == 0)
         k = self.k
         while inner // splits % k:
             k //= 2
-        return Tile(self.m, self.n, k, splits, self.stages, self.warps)
+        return replace(self, k=k, splits=splits, lanes=max(1, min(self.lanes, k // 16)))
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Plan:
     head: Tile
     positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
     attention_warps: int
-    attention_early: bool  # fetch the first tile of keys before waiting for the queries
+    attention_early: int  # what of the keys and values is fetched before waiting for the queries, as in `attend`
 
 
 def plan_for(rows: int) -> Plan:
-    """The fastest of those measured on an H100 at 12 x 768.
+    """The fastest of those measured on an H100 at 12 x 768, before tiles had lanes and parts were added by the product itself.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
@@ -80,16 +81,16 @@ def plan_for(rows: int) -> Plan:
     if rows <= 4:
         m = _power_of_two(rows)
         wide = Tile(m, 16, 256)
-        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, True)
+        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, 1)
     if rows <= 16:
         tile = Tile(16, 16, 256, stages=4)
-        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, False)
+        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, 0)
     if rows <= 32:
         tile, narrow = Tile(32, 16, 256, stages=4), Tile(16, 16, 256, stages=4)
-        return Plan(tile, narrow, tile, Tile(16, 16, 512, stages=4), Tile(32, 64, 128, stages=4), 64, 4, False)
+        return Plan(tile, narrow, tile, Tile(16, 16, 512, stages=4), Tile(32, 64, 128, stages=4), 64, 4, 0)
     tile, narrow = Tile(32, 32, 128, stages=4), Tile(32, 16, 128, stages=4)
     down, head = Tile(64, 64, 128, splits=4, stages=3), Tile(128, 128, 64, stages=3, warps=8)
-    return Plan(tile, narrow, tile, down, head, 64, 2, False)
+    return Plan(tile, narrow, tile, down, head, 64, 2, 0)
 
 
 class FusedStep:
@@ -97,9 +98,10 @@ class FusedStep:
 
     def __init__(self, model: GPT, cache: KVCache, state: Rows):
         """Copies the weights once when they are not in compute_dtype already: a model trained further needs a new one."""
-        from nanochat.infer import decode_kernels
+        from nanochat.infer import decode_kernels, product_kernels
 
-        self.kernels, self.config, self.cache, self.state = decode_kernels, model.config, cache, state
+        self.kernels, self.products = decode_kernels, product_kernels
+        self.config, self.cache, self.state = model.config, cache, state
         config, dtype, device = model.config, model.compute_dtype, model.device
         self.width, self.head_dim = config.width, config.width // config.heads
 
@@ -109,6 +111,7 @@ class FusedStep:
         self.embedding, self.head = half(model.embedding), half(model.head)
         self.smear = model.smear
         self.layers = [self._layer(block, half) for block in model.blocks]
+        self.windows = [block.attention.window for block in model.blocks]
         # Rounded as the model rounds them: the keys that prefill stored were turned by these.
         self.cos, self.sin = half(model.cos), half(model.sin)
         on_gpu = device.type == "cuda"
@@ -124,6 +127,7 @@ class FusedStep:
         self.squares = buffer(max(1, self.width // 4), rows, dtype=torch.float32)
         self.best = buffer(rows * -(-config.vocab_size // 16), dtype=torch.float32)
         self.index = buffer(self.best.numel(), dtype=torch.int32)
+        self.arrived = buffer(max(1, self.width // 4), rows, dtype=torch.int32)
         self.parts: dict[tuple, Tensor] = {}  # grown before a step is captured
         self.buffer = buffer
 
@@ -152,23 +156,23 @@ class FusedStep:
     def __call__(self, rows: int, splits: int, kind: Kind, plan: Plan | None = None) -> None:
         """decode_step of the first `rows` rows."""
         plan, state = plan or plan_for(rows), self.state.first(rows)
-        kernels, width = self.kernels, self.width
+        products, width = self.products, self.width
         self._embed(state, rows)
         parts = 1
         most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
         for layer, (qkv, out, up, down, embedding) in enumerate(self.layers):
-            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, kernels.STORE, parts, most_parts)
-            self._attend(rows, splits, plan, layer, qkv.size(0), embedding)
+            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts)
+            self._attend(rows, splits, plan, layer, qkv.size(0), embedding, self.windows[layer])
             parts = self._add(rows, plan.out, self.attended, out)
-            self._matmul(rows, plan.up, self.x, up, self.hidden, kernels.SQUARED_RELU, parts, most_parts)
+            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts)
             parts = self._add(rows, plan.down, self.hidden, down)
         given = None
         if kind.cut:
             logits = self._part("logits", self.capacity, self.config.vocab_size)
-            self._matmul(rows, plan.head, self.x, self.head, logits, kernels.LOGITS, parts, most_parts)
+            self._matmul(rows, plan.head, self.x, self.head, logits, products.LOGITS, parts, most_parts)
             given = sample(logits[:rows], state.sampling, state.position + 1, kind)
         else:
-            epilogue = kernels.ARGMAX if kind.greedy else kernels.DRAW
+            epilogue = products.ARGMAX if kind.greedy else products.DRAW
             self._matmul(rows, plan.head, self.x, self.head, self.best, epilogue, parts, most_parts)
         self._finish(state, rows, plan, given)
 
@@ -200,7 +204,8 @@ class FusedStep:
         tile = tile.fitted(inner)
         blocks = -(-outer // tile.n)
         sampling = self.state.sampling
-        self.kernels.matmul[(blocks, -(-rows // tile.m), tile.splits)](
+        split = epilogue == self.products.ADD and tile.splits > 1
+        self.products.matmul[(blocks, -(-rows // tile.m), tile.splits)](
             x,
             weight,
             out,
@@ -210,6 +215,8 @@ class FusedStep:
             sampling.temperature,
             sampling.seed,
             self.state.position,
+            self._part("shares", tile.splits, self.capacity, outer) if split else self.squares,
+            self.arrived,
             rows,
             parts,
             self.capacity,
@@ -221,6 +228,7 @@ class FusedStep:
             tile.n,
             tile.k,
             tile.splits,
+            tile.lanes,
             tile.stages,
             NORMED=parts > 0,
             PARTS=most_parts,
@@ -230,31 +238,31 @@ class FusedStep:
 
     def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
         """The stream += x @ weight.T; returns how many parts the sums of squares have."""
-        tile = tile.fitted(weight.size(1))
-        if tile.splits == 1:
-            self._matmul(rows, tile, x, weight, self.x, self.kernels.ADD, 0, 1)
-            return -(-self.width // tile.n)
-        parts = self._part("down", tile.splits, self.capacity, self.width)
-        self._matmul(rows, tile, x, weight, parts, self.kernels.PART, 0, 1)
-        block = _power_of_two(self.width)
-        self.kernels.add_parts[(rows,)](
-            self.x, parts, self.squares, self.capacity, self.width, tile.splits, block, **self._launch(4)
-        )
-        return 1
+        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1)
+        return -(-self.width // tile.n)
 
-    def _attend(self, rows: int, splits: int, plan: Plan, layer: int, stride: int, embedding: Tensor | None) -> None:
+    def _attend(
+        self,
+        rows: int,
+        splits: int,
+        plan: Plan,
+        layer: int,
+        stride: int,
+        embedding: Tensor | None,
+        window: int | None,
+    ) -> None:
         """self.attended from self.qkv, whose rows are `stride` long, and the cache, into which the new keys and values go."""
         config, state = self.config, self.state
-        out, stats = self.attended, self.squares
+        out, totals = self.attended, self.squares
         if splits > 1:
             out = self._part("attention", splits, self.capacity, self.width)
-            stats = self._part("stats", splits, self.capacity, config.heads, 2)
+            totals = self._part("totals", splits, self.capacity, config.heads)
         self.kernels.attend[(rows, config.kv_heads, splits)](
             self.qkv,
             self.cache.keys[layer],
             self.cache.values[layer],
             out,
-            stats,
+            totals,
             self.cos,
             self.sin,
             state.position,
@@ -265,10 +273,11 @@ class FusedStep:
             self.capacity,
             stride,
             embedding is not None,
+            window or 0,
             config.heads,
             config.kv_heads,
             self.head_dim,
-            max(16, _power_of_two(config.heads // config.kv_heads)),
+            1 if config.heads == config.kv_heads else max(16, _power_of_two(config.heads // config.kv_heads)),
             max(16, plan.positions * 64 // max(64, self.head_dim)),
             splits,
             EARLY=plan.attention_early,
@@ -276,7 +285,7 @@ class FusedStep:
         )
         if splits > 1:
             self.kernels.merge[(rows, config.heads)](
-                out, stats, self.attended, self.capacity, config.heads, self.head_dim, splits, **self._launch(1)
+                out, totals, self.attended, self.capacity, config.heads, self.head_dim, splits, **self._launch(1)
             )
 
     def _finish(self, state: Rows, rows: int, plan: Plan, given: Tensor | None) -> None:

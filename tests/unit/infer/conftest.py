@@ -16,7 +16,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def build_model(seed: int = 0, depth: int = 3, kv_heads: int = 2, length: int = 160, vocab: int = VOCAB) -> GPT:
+def build_model(
+    seed: int = 0,
+    depth: int = 3,
+    kv_heads: int = 2,
+    length: int = 160,
+    vocab: int = VOCAB,
+    additions: tuple[str, ...] = ADDITIONS,
+) -> GPT:
     """Random weights everywhere: with the real start the blocks add nothing and a broken cache would go unnoticed."""
     config = GPTConfig(
         vocab,
@@ -27,7 +34,7 @@ def build_model(seed: int = 0, depth: int = 3, kv_heads: int = 2, length: int = 
         logit_softcap=15.0,
         rope_base=10_000.0,
         sequence_length=length,
-        additions=ADDITIONS,
+        additions=additions,
     )
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ import triton.language as tl
 from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
 from nanochat.config import ADDITIONS
 from nanochat.infer import decode_kernels as kernels
+from nanochat.infer import product_kernels as products
 from nanochat.infer.decode import Rows, advance, decode_step
 from nanochat.infer.engine import Engine
 from nanochat.infer.fused_step import FusedStep, Plan, Tile
@@ -83,6 +84,8 @@ TILES = [
     Tile(4, 16, 64),
     Tile(16, 16, 32, stages=3),
     Tile(32, 16, 64, stages=2),
+    Tile(16, 8, 64, warps=4, lanes=4),
+    Tile(16, 16, 64, stages=2, lanes=2),
 ]
 
 
@@ -106,44 +109,44 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
 
     def launch(out, index, squares_out, epilogue, with_norm):
         grid = (blocks, -(-rows // tile.m), 1)
-        kernels.matmul[grid](
-            x, weight, out, index, squares, squares_out, temperature, seed, position, rows, parts, capacity, blocks, softcap,
-            outer, inner, tile.m, tile.n, tile.k, 1, tile.stages,
+        products.matmul[grid](
+            x, weight, out, index, squares, squares_out, temperature, seed, position, squares, index, rows, parts, capacity,
+            blocks, softcap, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
             NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, num_warps=tile.warps, **PDL,
         )  # fmt: skip
 
     for with_norm, expected in ((False, product), (True, normed)):
         out = Guarded(rows, outer, dtype=dtype)
-        launch(out.tensor, squares, squares, kernels.STORE, with_norm)
+        launch(out.tensor, squares, squares, products.STORE, with_norm)
         assert close(out.tensor, expected, dtype)
         assert out.intact()
 
     out = Guarded(rows, outer, dtype=dtype)
-    launch(out.tensor, squares, squares, kernels.SQUARED_RELU, True)
+    launch(out.tensor, squares, squares, products.SQUARED_RELU, True)
     assert close(out.tensor, normed.relu().square(), dtype)
 
     stream, sums = Guarded(rows, outer, dtype=dtype), Guarded(blocks, capacity)
     before = random(rows, outer, seed=3, dtype=dtype)
     stream.tensor.copy_(before)
-    launch(stream.tensor, squares, sums.tensor, kernels.ADD, False)
+    launch(stream.tensor, squares, sums.tensor, products.ADD, False)
     assert close(stream.tensor, before.double() + product, dtype)
     assert close(sums.tensor[:, :rows].sum(0), stream.tensor.double().square().sum(1), torch.float32)
     assert stream.intact()
     assert sums.intact()
 
     logits = Guarded(rows, outer)
-    launch(logits.tensor, squares, squares, kernels.LOGITS, True)
+    launch(logits.tensor, squares, squares, products.LOGITS, True)
     assert close(logits.tensor, softcap * (normed / softcap).tanh(), dtype)
     assert logits.intact()
 
-    for epilogue in (kernels.ARGMAX, kernels.DRAW):
+    for epilogue in (products.ARGMAX, products.DRAW):
         best, index = Guarded(rows, blocks), Guarded(rows, blocks, dtype=torch.int32)
         launch(best.tensor, index.tensor, squares, epilogue, True)
         assert best.intact()
         assert index.intact()
         chosen = index.tensor.gather(1, best.tensor.argmax(1, keepdim=True))[:, 0].long()
-        values = normed if epilogue == kernels.ARGMAX else softcap * (normed / softcap).tanh()
-        if epilogue == kernels.DRAW:
+        values = normed if epilogue == products.ARGMAX else softcap * (normed / softcap).tanh()
+        if epilogue == products.DRAW:
             noise = gumbel(seed & 0xFFFFFFFF, position + 1, outer)
             values = torch.where(
                 temperature[:, None] > 0, values / temperature.clamp_min(1e-6)[:, None] + noise, values
@@ -154,32 +157,50 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("splits", [2, 3])
-@pytest.mark.parametrize("tile", [Tile(1, 8, 32), Tile(16, 16, 32, stages=2)], ids=str)
-def test_parts_of_a_product_add_up(dtype, splits, tile):
-    rows, width, inner, capacity = 5, 64, 192, 7
+@pytest.mark.parametrize("tile", [Tile(2, 8, 32), Tile(16, 16, 32, stages=2), Tile(16, 16, 64, lanes=4)], ids=str)
+def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
+    """The last program to arrive at a tile adds its parts, and leaves the counters as it found them."""
+    rows, width, inner, capacity, blocks = 19, 61, 192, 21, -(-61 // tile.n)
+    tile = Tile(**vars(tile) | {"splits": splits}).fitted(inner)
+    assert tile.splits == splits
     x, weight = random(rows, inner, seed=1, dtype=dtype), random(width, inner, seed=2, dtype=dtype, scale=0.1)
-    before = random(rows, width, seed=3, dtype=dtype)
-    stream, parts, sums = Guarded(rows, width, dtype=dtype), Guarded(splits, capacity, width), Guarded(1, capacity)
-    stream.tensor.copy_(before)
-    kernels.matmul[(-(-width // tile.n), -(-rows // tile.m), splits)](
-        x, weight, parts.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, rows, 0, capacity,
-        1, 15.0, width, inner, tile.m, tile.n, tile.k, splits, tile.stages, NORMED=False, PARTS=1, EPILOGUE=kernels.PART.value, **PDL,
-    )  # fmt: skip
-    kernels.add_parts[(rows,)](stream.tensor, parts.tensor, sums.tensor, capacity, width, splits, 64, **PDL)
-    assert close(stream.tensor, before.double() + x.double() @ weight.double().T, dtype)
-    assert close(sums.tensor[0, :rows], stream.tensor.double().square().sum(1), torch.float32)
+    expected = random(rows, width, seed=3, dtype=dtype)
+    stream, shares, sums = (
+        Guarded(rows, width, dtype=dtype),
+        Guarded(splits, capacity, width),
+        Guarded(blocks, capacity),
+    )
+    stream.tensor.copy_(expected)
+    arrived = torch.zeros(blocks, capacity, dtype=torch.int32, device=DEVICE)
+    results = []
+    for _ in range(2):
+        stream.tensor.copy_(expected)
+        products.matmul[(blocks, -(-rows // tile.m), splits)](
+            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, shares.tensor,
+            arrived, rows, 0, capacity, blocks, 15.0, width, inner, tile.m, tile.n, tile.k, splits, tile.lanes, tile.stages,
+            NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **PDL,
+        )  # fmt: skip
+        assert not arrived.any()
+        results.append(stream.tensor.clone())
+    assert torch.equal(*results)
+    assert close(stream.tensor, expected.double() + x.double() @ weight.double().T, dtype)
+    assert close(sums.tensor[:, :rows].sum(0), stream.tensor.double().square().sum(1), torch.float32)
     assert stream.intact()
-    assert parts.intact()
+    assert shares.intact()
     assert sums.intact()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 32), (4, 1, 64)])
-@pytest.mark.parametrize(("splits", "tile", "early"), [(1, 32, True), (1, 16, False), (3, 16, True), (4, 32, False)])
-def test_attention_reads_the_filled_part_and_stores_the_new_token(
-    dtype, heads, kv_heads, head_dim, splits, tile, early
+@pytest.mark.parametrize(
+    ("splits", "tile", "early", "window"),
+    [(1, 32, 1, 0), (1, 16, 0, 17), (3, 16, 1, 0), (4, 32, 2, 0), (3, 16, 1, 40), (2, 16, 0, 1)],
+)
+def test_attention_reads_what_is_seen_and_stores_the_new_token(
+    dtype, heads, kv_heads, head_dim, splits, tile, early, window
 ):
-    """Rows at the first, the last and other positions, in caches whose unfilled part is NaN; a halted row stores nothing."""
+    """Rows at the first, the last and other positions, in caches that are NaN where nothing is filled or the window does not
+    reach; a halted row stores nothing."""
     length, places = 100, [0, 1, 15, 16, 17, 47, 96, 99, 50]
     rows = capacity = len(places)
     halted = rows - 1
@@ -192,18 +213,20 @@ def test_attention_reads_the_filled_part_and_stores_the_new_token(
     for row, filled in enumerate(places):
         for side, seed in ((keys, 2), (values, 3)):
             side.tensor[row, :filled] = random(filled, kv_heads, head_dim, seed=seed + 10 * row, dtype=dtype)
+            if window:
+                side.tensor[row, : max(0, filled - window + 1)] = float("nan")
     before = keys.tensor.clone()
     out = Guarded(rows, heads, head_dim, dtype=dtype)
-    parts, stats = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads, 2)
+    parts, totals = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads)
     kernels.attend[(rows, kv_heads, splits)](
-        qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, stats.tensor, cos, sin, position, running,
-        position, qkv, length, capacity, qkv[0].numel(), False, heads, kv_heads, head_dim, 16, tile, splits, EARLY=early, num_warps=2, **PDL,
+        qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, totals.tensor, cos, sin, position, running,
+        position, qkv, length, capacity, qkv[0].numel(), False, window, heads, kv_heads, head_dim, 1 if heads == kv_heads else 16, tile, splits, EARLY=early, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(rows, heads)](
-            parts.tensor, stats.tensor, out.tensor, capacity, heads, head_dim, splits, num_warps=1, **PDL
+            parts.tensor, totals.tensor, out.tensor, capacity, heads, head_dim, splits, num_warps=1, **PDL
         )
-    assert all(guarded.intact() for guarded in (keys, values, out, parts, stats))
+    assert all(guarded.intact() for guarded in (keys, values, out, parts, totals))
 
     turned = rotate(qkv[:, None].double(), *(side[position][:, None, None].double() for side in (cos, sin)))[:, 0]
     turned = turned * (turned.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -211,9 +234,10 @@ def test_attention_reads_the_filled_part_and_stores_the_new_token(
         if row == halted:
             assert torch.equal(keys.tensor[row].nan_to_num(), before[row].nan_to_num())
             continue
-        k, v = (side.tensor[row, : filled + 1].double() for side in (keys, values))  # (T, KV, D)
-        assert close(k[filled], turned[row, heads : heads + kv_heads], dtype)
-        assert torch.equal(v[filled], qkv[row, heads + kv_heads :].double())
+        seen = slice(max(0, filled - window + 1) if window else 0, filled + 1)
+        k, v = (side.tensor[row, seen].double() for side in (keys, values))  # (T, KV, D)
+        assert close(k[-1], turned[row, heads : heads + kv_heads], dtype)
+        assert torch.equal(v[-1], qkv[row, heads + kv_heads :].double())
         assert keys.tensor[row, filled + 1 :].isnan().all()
         group = heads // kv_heads
         scores = torch.einsum("hd,thd->ht", turned[row, :heads], k.repeat_interleave(group, 1)) * head_dim**-0.5
@@ -282,11 +306,11 @@ SPLIT_PLAN = Plan(
     Tile(16, 16, 64, stages=2),
     Tile(16, 16, 32, splits=2, stages=2),
     Tile(16, 32, 32, stages=2),
-    Tile(16, 16, 64, splits=4, stages=2),
+    Tile(16, 16, 64, splits=4, lanes=2),
     Tile(16, 32, 64, stages=2),
     positions=32,
     attention_warps=4,
-    attention_early=False,
+    attention_early=2,
 )
 
 
@@ -331,7 +355,7 @@ def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
 
 @pytest.mark.skipif(ON_GPU, reason="in float32 the engine on a GPU does not use the kernels")
 def test_an_engine_of_kernels_equals_recompute_and_keeps_rows_apart(recomputed):
-    model = tiny(torch.float32, depth=1)
+    model = tiny(torch.float32)
     source = torch.Generator().manual_seed(0)
     requests = [
         Request(torch.randint(0, VOCAB, (n,), generator=source).tolist(), 3, temperature=t, seed=n)

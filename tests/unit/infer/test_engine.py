@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.config import ADDITIONS
 from nanochat.errors import UserError
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
@@ -28,6 +29,17 @@ def test_greedy_decode_equals_recompute(kv_heads, tiny_model, recomputed):
     for request, completion in zip(requests, completions, strict=True):
         assert completion.ids == recomputed(model, request.prompt, 12)
         assert completion.stop_reason == "length"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_greedy_decode_with_windows_equals_recompute(kv_heads, tiny_model, recomputed):
+    """Prompts shorter than a window of 40, around it and longer, one of them in pieces, and new tokens that leave it."""
+    model = tiny_model(seed=kv_heads, kv_heads=kv_heads, depth=5, additions=ADDITIONS)
+    requests = [Request(prompt(n, seed=n), 45) for n in (1, 30, 39, 40, 41, 64, 110)]
+    engine = Engine(model, rows=3)
+    engine.prefill.tokens = 64
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        assert completion.ids == recomputed(model, request.prompt, 45)
 
 
 def test_decode_to_the_last_position_equals_recompute(model, recomputed):
