@@ -121,7 +121,9 @@ class ReportSettings(Settings):
 
 def stage_settings(config: Config) -> dict[str, Settings]:
     """What each stage depends on; a key is the name of its file below `results/config/`."""
-    model, train = config.model.resolved(), config.train
+    train = config.train
+    # The window is the base model's: later stages have other lengths of row, and start from its weights.
+    model = config.model.resolved(train.base.sequence_length)
     settings: dict[str, Settings] = {
         "corpus": CorpusSettings(seed=config.seed, corpus=config.corpus),
         "tokenizer": TokenizerSettings(tokenizer=config.tokenizer, text_column=config.corpus.text_column),

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
-ADDITIONS = ("value_embeddings", "smear")
+ADDITIONS = ("value_embeddings", "smear", "windows")
+WINDOW_PARTS = 4  # a window is one of so many parts of the length that the base model trains on
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -105,19 +106,36 @@ class Model(Settings):
     )
     rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary embedding's frequencies.")
 
-    additions: list[Literal["value_embeddings", "smear"]] = Field(
+    additions: list[Literal["value_embeddings", "smear", "windows"]] = Field(
         list(ADDITIONS),
         description="What the model has beside the plain transformer. value_embeddings: every second layer adds a token embedding of "
-        "its own to its values. smear: each token takes a share of the one before. Empty: nothing.",
+        "its own to its values. smear: each token takes a share of the one before. windows: three layers of four attend to the last "
+        "`window` tokens alone. Empty: nothing.",
+    )
+    window: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens that a layer with a window sees, in every stage. Empty: a quarter of train.base.sequence_length.",
     )
 
-    def resolved(self) -> "Model":
-        """The same model with `width`, `heads` and `kv_heads` filled in."""
+    def resolved(self, sequence_length: int | None = None) -> "Model":
+        """The same model with `width`, `heads` and `kv_heads` filled in; with the base model's sequence length, `window` too."""
         width = self.width
         if width is None:
             width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
         heads = self.heads or max(1, width // self.head_dim)
-        return self.model_copy(update={"width": width, "heads": heads, "kv_heads": self.kv_heads or heads})
+        window = self.window
+        if "windows" not in self.additions:
+            window = None
+        elif window is None and sequence_length is not None:
+            window = window_of(sequence_length)
+        sizes = {"width": width, "heads": heads, "kv_heads": self.kv_heads or heads, "window": window}
+        return self.model_copy(update=sizes)
+
+
+def window_of(sequence_length: int) -> int:
+    """The window, in tokens, that follows from the base model's sequence length."""
+    return max(1, sequence_length // WINDOW_PARTS)
 
 
 class Optimizer(Settings):

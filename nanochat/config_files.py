@@ -146,6 +146,8 @@ def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
         )
     if model.heads % model.kv_heads:
         yield ("model", "kv_heads"), model.kv_heads, f"does not divide the {model.heads} heads."
+    if config.model.window and "windows" not in model.additions:
+        yield ("model", "window"), config.model.window, "has no effect unless model.additions names windows."
     if config.corpus.source == "directory" and not config.corpus.paths:
         yield ("corpus", "source"), "directory", "needs a file, a folder or a glob in corpus.paths."
     if config.batch_size.max_device_batch_size < 1:

@@ -195,7 +195,7 @@ def peak_flops(name: str, dtype: "torch.dtype | str") -> float | None:
 
 
 def flops_per_token(matmul_parameters: int, layers: int, width: int, sequence_length: int) -> float:
-    """Forward and backward: 6 N + 12 L w T (Chowdhery et al. 2022, appendix B; attention over the full square)."""
+    """Forward and backward: 6 N + 12 L w T (Chowdhery et al. 2022, appendix B; attention over the full square, with windows too)."""
     return 6.0 * matmul_parameters + 12.0 * layers * width * sequence_length
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from nanochat.model.additions import ValueEmbedding, has_value_embedding
-from nanochat.model.kernels import HAS_TRITON, causal_attention, fused, norm
+from nanochat.model.additions import ValueEmbedding, has_value_embedding, has_window
+from nanochat.model.kernels import HAS_TRITON, causal_attention, fused, norm, seen
 from nanochat.model.linear import Linear
 
 if HAS_TRITON:
@@ -89,9 +90,9 @@ class KVCache:
         self.tokens.index_put_((row, positions), tokens)
         return self.tokens[row, (positions - 1).clamp_min(0)]
 
-    def mask(self, positions: Tensor) -> Tensor:
-        """(B, 1, T, length) bool: a query at position p attends to the keys 0..p of its row."""
-        return (torch.arange(self.length, device=positions.device) <= positions[..., None])[:, None]
+    def mask(self, positions: Tensor, window: int | None = None) -> Tensor:
+        """(B, 1, T, length) bool: a query at position p attends to the keys 0..p of its row, to the last `window` of them."""
+        return seen(positions[..., None], torch.arange(self.length, device=positions.device), window)[:, None]
 
 
 class Attention(nn.Module):
@@ -103,6 +104,8 @@ class Attention(nn.Module):
         self.head_dim = config.width // config.heads
         self.qkv = Linear(config.width, (config.heads + 2 * config.kv_heads) * self.head_dim)
         self.out = Linear(config.width, config.width)
+        # How many keys a query sees; None: all up to its own.
+        self.window = config.window if config.window and has_window(layer, config.depth) else None
         self.value_embedding = None
         if "value_embeddings" in config.additions and has_value_embedding(layer, config.depth):
             self.value_embedding = ValueEmbedding(config.vocab_size, config.width, self.kv_heads, self.head_dim)
@@ -115,9 +118,13 @@ class Attention(nn.Module):
         sin: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
-        """x (B, T, C), tokens (B, T) -> (B, T, C). Without a cache: causal over the T tokens. With: `positions` (B, T), `mask` (B, 1, T, length)."""
+        """x (B, T, C), tokens (B, T) -> (B, T, C).
+
+        Without a cache: causal over the T tokens; `mask` is `window_blocks` of the layer's window, if at all.
+        With: `positions` (B, T), `mask` (B, 1, T, length), which holds the window.
+        """
         rows, length, width = x.shape
         if cache is None and fused("projection", x):
             weight = self.qkv.weight.to(x.dtype)
@@ -131,7 +138,8 @@ class Attention(nn.Module):
         if self.value_embedding is not None:
             values = values + self.value_embedding(x, tokens)
         if cache is None:
-            attended = causal_attention(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            sides = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            attended = causal_attention(*sides, self.window, mask)
         else:
             keys, values = cache.store(self.layer, positions, keys, values)
             attended = F.scaled_dot_product_attention(

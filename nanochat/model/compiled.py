@@ -1,5 +1,5 @@
-"""The model's loss with its blocks compiled: all blocks are alike, so the graph of one serves them all (of two,
-where every second one has a value embedding).
+"""The model's loss with its blocks compiled: all blocks are alike, so the graph of one serves them all (of up to four kinds,
+where some have a value embedding or a window).
 
 Compiling the model as one graph unrolls its layers: many times the seconds, again for each micro-batch size. What stays outside
 the blocks is one operation to the compiler anyway (the loss on a GPU).
@@ -7,9 +7,12 @@ the blocks is one operation to the compiler anyway (the loss on a GPU).
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from nanochat.model.gpt import GPT, Block
-from nanochat.model.kernels import norm
+from nanochat.model.kernels import norm, window_blocks
+
+RECOMPILE_LIMIT = 64
 
 
 class CompiledLoss:
@@ -23,22 +26,30 @@ class CompiledLoss:
 
     def __init__(self, model: GPT):
         self.model = model
+        # Beyond torch's limit of 8 it would not compile: four kinds of blocks with and without gradients reach that with one shape.
+        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         self._first, self._next, self._last = (torch.compile(part, dynamic=False) for part in (_first, _next, _last))
 
     def __call__(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         cos, sin = self.model.angles(tokens.size(1))
-        x, change = self._first(self.model, tokens, cos, sin)
-        for block in self.model.blocks[1:]:
-            x, change = self._next(block, x, change, tokens, cos, sin)
+        # Made here: within a graph each layer would make them anew.
+        where = (self.model.config.width // self.model.config.heads, tokens.device)
+        masks = {window: window_blocks(tokens.size(1), window, *where) for window in self.model.windows}
+        first, *others = self.model.blocks
+        x, change = self._first(self.model, tokens, cos, sin, masks[first.attention.window])
+        for block in others:
+            x, change = self._next(block, x, change, tokens, cos, sin, masks[block.attention.window])
         return self.model.loss(self._last(x, change), targets, reduction)
 
 
-def _first(model: GPT, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return model.blocks[0].deferred(model.embedded(tokens), tokens, cos, sin)
+def _first(model: GPT, tokens: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
+    return model.blocks[0].deferred(model.embedded(tokens), tokens, cos, sin, None, None, mask)
 
 
-def _next(block: Block, x: Tensor, change: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return block.deferred(x + change, tokens, cos, sin)
+def _next(
+    block: Block, x: Tensor, change: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, mask: BlockMask | None
+) -> tuple[Tensor, Tensor]:
+    return block.deferred(x + change, tokens, cos, sin, None, None, mask)
 
 
 def _last(x: Tensor, change: Tensor) -> Tensor:

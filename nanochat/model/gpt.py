@@ -10,14 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import Model
+from nanochat.config import Model, window_of
 from nanochat.errors import UserError
 from nanochat.model.additions import Smear, before
 from nanochat.model.attention import Attention, KVCache, rotary_table
-from nanochat.model.kernels import HAS_TRITON, fused, norm, squared_relu
+from nanochat.model.kernels import HAS_TRITON, fused, lookup, norm, squared_relu
 from nanochat.model.linear import Linear
 from nanochat.model.loss import softcapped_logits, summed_loss, token_losses
 
@@ -41,9 +40,12 @@ class GPTConfig:
     rope_base: float
     sequence_length: int
     additions: tuple[str, ...] = ()
+    window: int = 0  # tokens; 0: what follows from sequence_length, if the additions name windows
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "additions", tuple(self.additions))  # from a JSON list
+        if "windows" in self.additions and not self.window:
+            object.__setattr__(self, "window", window_of(self.sequence_length))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(
                 f"model.width = {self.width}: not divisible into heads = {self.heads} of an even size. "
@@ -57,7 +59,7 @@ class GPTConfig:
 
     @classmethod
     def from_settings(cls, settings: Model, vocab_size: int, sequence_length: int) -> "GPTConfig":
-        resolved = settings.resolved()
+        resolved = settings.resolved(sequence_length)
         return cls(
             vocab_size=vocab_size,
             depth=resolved.depth,
@@ -68,9 +70,11 @@ class GPTConfig:
             rope_base=resolved.rope_base,
             sequence_length=sequence_length,
             additions=tuple(resolved.additions),
+            window=resolved.window or 0,
         )
 
     def with_sequence_length(self, sequence_length: int) -> "GPTConfig":
+        """For a training on rows of that length; the window stays the one that the weights have learnt with."""
         return dataclasses.replace(self, sequence_length=sequence_length)
 
 
@@ -117,6 +121,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.windows = tuple({block.attention.window for block in self.blocks})
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.smear = Smear(config.width) if "smear" in config.additions else None
         # Not in the state: it follows from the sizes.
@@ -193,10 +198,10 @@ class GPT(nn.Module):
         if positions is None:
             assert cache is None, "with a cache the positions must be given"
         cos, sin = self.angles(tokens.size(1) if cache is None else cache.length, positions)
-        mask = None if cache is None else cache.mask(positions)
+        masks = {window: None if cache is None else cache.mask(positions, window) for window in self.windows}
         x = self.embedded(tokens, positions, cache)
         for block in self.blocks:
-            x = block(x, tokens, cos, sin, cache, positions, mask)
+            x = block(x, tokens, cos, sin, cache, positions, masks[block.attention.window])
         return norm(x)
 
     def angles(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -220,4 +225,4 @@ class GPT(nn.Module):
         return self.smear(x, self._normed(cache.tokens_before(positions, tokens)) * there)
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return norm(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        return norm(lookup(self.embedding, tokens).to(self.compute_dtype))

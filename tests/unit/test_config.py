@@ -127,6 +127,19 @@ def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"sft.json"}
 
 
+def test_every_stage_has_the_window_of_the_base_model():
+    chat, base = {"sequence_length": 4096}, {"sequence_length": 1024}
+    every = stage_settings(load({"train": {"base": base, "mid": chat, "sft": chat}}))
+    assert {settings.model.window for settings in every.values() if hasattr(settings, "model")} == {256}
+
+
+def test_a_window_may_be_set_and_is_none_without_windows():
+    assert load({"model": {"window": 100}}).model.resolved(1024).window == 100
+    assert load({"model": {"additions": ["smear"]}}).model.resolved(1024).window is None
+    with pytest.raises(UserError, match=r"model\.window = 100: has no effect unless"):
+        load({"model": {"additions": ["smear"], "window": 100}})
+
+
 def test_stage_settings_survive_the_file(tmp_path):
     for name, settings in stage_settings(Config()).items():
         again = type(settings).model_validate_json(settings.model_dump_json())

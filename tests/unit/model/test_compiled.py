@@ -4,17 +4,20 @@ A custom gradient whose saved tensors were written in place came out as zeros fr
 nothing was learnt.
 """
 
+import dataclasses
+import functools
 import shutil
 
 import pytest
 import torch
 
 from nanochat.config import ADDITIONS
-from nanochat.model import attention, gpt, loss
+from nanochat.model import attention, compiled, gpt, kernels, loss
 from nanochat.model.compiled import CompiledLoss
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.kernels import fused, only_kernels
 
+LENGTH = 16
 CONFIG = GPTConfig(
     vocab_size=512,
     depth=2,
@@ -23,23 +26,31 @@ CONFIG = GPTConfig(
     kv_heads=1,
     logit_softcap=15.0,
     rope_base=1e4,
-    sequence_length=16,
+    sequence_length=LENGTH,
     additions=ADDITIONS,
 )
-LENGTH = 16
+# The shortest that blocks are skipped in, and layers with and without each of the two: value embedding, window.
+WINDOWED = dataclasses.replace(CONFIG, depth=5, sequence_length=256, window=0)
 
 
-def loss_and_gradients(device: torch.device, wrap=lambda model: model) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Training loss, evaluation loss, gradients."""
-    model = GPT(CONFIG)
-    generator = torch.Generator().manual_seed(0)
+def random_model(config: GPTConfig, generator: torch.Generator) -> GPT:
+    model = GPT(config)
     model.init_weights(generator)
     with torch.no_grad():  # the blocks and the smear start silent: give them something to learn from
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    model.to(device)
-    tokens = torch.randint(0, 512, (4, LENGTH), generator=generator)
-    targets = torch.where(torch.rand(4, LENGTH, generator=generator) < 0.3, -1, tokens.roll(-1, 1)).to(device)
+    return model
+
+
+def loss_and_gradients(
+    device: torch.device, wrap=lambda model: model, config: GPTConfig = CONFIG
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Training loss, evaluation loss, gradients."""
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(config, generator).to(device)
+    shape = (4, config.sequence_length)
+    tokens = torch.randint(0, 512, shape, generator=generator)
+    targets = torch.where(torch.rand(shape, generator=generator) < 0.3, -1, tokens.roll(-1, 1)).to(device)
     forward = wrap(model)
     total = forward(tokens.to(device), targets, reduction="sum")
     total.backward()
@@ -94,6 +105,43 @@ def test_compiled_gradients_equal_eager_ones_on_a_cpu():
     cpu = torch.device("cpu")
     compiler_of(cpu)
     assert_same(loss_and_gradients(cpu, CompiledLoss), loss_and_gradients(cpu))
+
+
+@pytest.mark.slow
+def test_compiled_windows_learn_what_eager_ones_do_on_a_cpu():
+    cpu, config = torch.device("cpu"), dataclasses.replace(WINDOWED, depth=3)
+    compiler_of(cpu)
+    assert_same(loss_and_gradients(cpu, CompiledLoss, config), loss_and_gradients(cpu, config=config))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_windows_learn_what_eager_ones_do_on_a_gpu():
+    device = torch.device("cuda")
+    compiler_of(device)
+    with only_kernels():
+        expected = loss_and_gradients(device, config=WINDOWED)
+    assert_same(loss_and_gradients(device, CompiledLoss, WINDOWED), expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_each_kind_of_block_is_compiled_once_a_shape(monkeypatch):
+    """Captured as on a GPU, with blocks that are skipped, but run eagerly; more graphs of a block than torch's own limit."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        compiled, "window_blocks", lambda length, window, _, device: window and kernels._blocks(length, window, device)
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(WINDOWED, generator)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        forward = CompiledLoss(model)
+        for rows in (4, 3, 2):
+            tokens = torch.randint(0, 512, (rows, WINDOWED.sequence_length), generator=generator)
+            torch.testing.assert_close(forward(tokens, tokens), model(tokens, tokens))
+    # The first block, four kinds of others, the last norm.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3 * 6
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from nanochat.config import Model
 from nanochat.errors import UserError
 from nanochat.model import loss
+from nanochat.model.additions import has_window
 from nanochat.model.attention import KVCache
 from nanochat.model.files import load_model, save_model
 from nanochat.model.gpt import GPT, GPTConfig
 
 SIZES = GPTConfig.from_settings(Model(depth=2, width=32, head_dim=8), vocab_size=61, sequence_length=16)
 GROUPED = dataclasses.replace(SIZES, kv_heads=2)
+DEEP = dataclasses.replace(GROUPED, depth=6)  # enough layers for one with a window of 4 after one without
 
 
 def random_model(sizes: GPTConfig) -> GPT:
@@ -34,7 +36,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(SIZES.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("sizes", [SIZES, GROUPED], ids=["full", "grouped"])
+@pytest.mark.parametrize("sizes", [SIZES, GROUPED, DEEP], ids=["full", "grouped", "deep"])
 def test_cached_steps_equal_full_recompute(sizes):
     model, text = random_model(sizes), tokens(3, 14)
     full = model(text)
@@ -81,6 +83,33 @@ def test_future_tokens_do_not_change_the_past():
     changed[:, 7:] = (changed[:, 7:] + 1) % SIZES.vocab_size
     torch.testing.assert_close(model(text)[:, :7], model(changed)[:, :7])
     assert not torch.allclose(model(text)[:, 7:], model(changed)[:, 7:])
+
+
+@pytest.mark.parametrize("depth", range(1, 14))
+def test_the_last_layer_and_every_fourth_see_everything(depth):
+    short = [has_window(layer, depth) for layer in range(depth)]
+    assert not short[-1]
+    assert short[:-1] == ([True, True, True, False] * 4)[: depth - 1]
+    model = GPT(dataclasses.replace(SIZES, depth=depth))
+    assert [block.attention.window for block in model.blocks] == [4 if some else None for some in short]
+
+
+def test_a_window_is_a_quarter_of_the_length_that_it_was_first_trained_with():
+    assert SIZES.window == SIZES.with_sequence_length(64).window == 4
+    assert dataclasses.replace(SIZES, window=0, sequence_length=3).window == 1
+    assert dataclasses.replace(SIZES, window=0, additions=()).window == 0
+
+
+def test_a_token_reaches_as_far_as_the_windows_let_it():
+    """Windows of 4 in two layers reach 3 tokens each, the smear one; where the last layer is the only long one, all of it."""
+    model = random_model(dataclasses.replace(DEEP, depth=3))
+    text = tokens(2, 14)
+    changed = text.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % SIZES.vocab_size
+    assert (model(text) - model(changed)).abs().amax((0, 2))[2:].all()
+    model.blocks = model.blocks[:2]
+    reached = (model(text) - model(changed)).abs().amax((0, 2)) > 0
+    assert reached.tolist() == [2 <= t <= 2 + 3 + 3 + 1 for t in range(14)]
 
 
 def test_logits_stay_inside_the_softcap():
