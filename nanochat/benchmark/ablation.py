@@ -4,6 +4,8 @@ plain          no additions
 <one>+<other>  those, or one alone
 <row>#2        with another seed, so that the spread is seen
 
+Without --case: plain, the additions one by one and all together.
+
 A row is a training of its own on the text of --tokens, through the trainer, on one GPU (or the CPU): a first run of a few steps
 says how many steps fit in the time, a second one trains as many with the whole schedule. The held-out text's bits per byte after
 it are what counts. Steps are shorter here than a long training's, so that there are enough of them.

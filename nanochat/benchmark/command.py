@@ -7,6 +7,7 @@ batch_size   speed, memory and utilisation over the rows of a micro-batch, and w
 plans        whether batch-size plans hold: how long the search takes, whether its maximum is one, whether training fits
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
 ablation     what the model's additions give in the same time: trains with and without each of them
+decode_tiles what each kernel of a decode step costs, and which tiles of it are the fastest
 first_token  do several samples of one prompt draw their first token independently?
 
 Reads  --config, --plan, --model, --tokenizer, --conversations, each of them optional: without settings the study's shape (on a
@@ -23,7 +24,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from nanochat.benchmark import (
     ablation,
     batch_size,
     compile,
+    decode_tiles,
     first_token,
     kv_cache,
     plans,
@@ -48,13 +50,14 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
 from nanochat.files import read_json, read_settings, write_json
 from nanochat.infer.engine import Engine
+from nanochat.infer.fused_step import unusable
 from nanochat.model.files import load_model
 from nanochat.model.gpt import GPT
 from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "first_token", "ablation")
+NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "decode_tiles", "first_token", "ablation")
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
 RANDOM_CONVERSATIONS = "random tokens of usual lengths"
@@ -75,13 +78,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, help="trainer, plans: steps of a row; default: 50 and 200, on a CPU 6 and 4"
     )
     parser.add_argument(
-        "--case", action="append", default=[], help="trainer, plans, ablation: only this row (d12, d12_t2048)"
+        "--case",
+        action="append",
+        default=[],
+        help="trainer, plans, ablation: only this row (d12, d12_t2048); training: this stage or row (sft, study_compiled); "
+        "decode_tiles: this batch size",
     )
     parser.add_argument(
         "--once", action="store_true", help="plans: search each plan once, do not try its maximum again"
     )
     parser.add_argument("--tokens", help="ablation: folder of the token shards")
-    parser.add_argument("--seconds", type=float, default=ablation.SECONDS, help="ablation: training time of a row")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"ablation: training time of a row, default {ablation.SECONDS:.0f}; "
+        f"decode_tiles: of the search at a batch size, default {decode_tiles.SEARCH_SECONDS:.0f}",
+    )
     parser.add_argument("--out", required=True, help="folder to write to")
 
 
@@ -104,23 +116,24 @@ def run(arguments: argparse.Namespace) -> None:
         "training": run_training,
         "compile": run_compile,
         "kv_cache": run_kv_cache,
+        "decode_tiles": run_decode_tiles,
         "first_token": run_first_token,
         "ablation": run_ablation,
     }[arguments.name]
     torch.manual_seed(settings.seed)
     rows, facts = measurement(settings, device, compiles, arguments)
-    facts = {
-        "dtype": str(hardware.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
-        "notes": notes,
-        **facts,
-    }
+    facts |= {"dtype": str(hardware.resolve_dtype(settings.dtype, device)).removeprefix("torch."), "notes": notes}
     write(arguments, hardware.device_name(device), 1 if device.type == "cuda" else 0, started, facts, rows)
 
 
 def write(
     arguments: argparse.Namespace, device: str, gpus: int, started: float, facts: dict, rows: Iterable[dict]
 ) -> None:
-    """Write --out/NAME.json, anew after each of the rows: what was measured before an end that comes early is kept."""
+    """Write --out/NAME.json, anew after each of the rows: what was measured before an end that comes early is kept.
+
+    facts  measuring the rows may still add to them
+    Raises UserError when --case left no row.
+    """
     path, done = Path(arguments.out) / f"{arguments.name}.json", []
     content = {
         "name": arguments.name,
@@ -129,13 +142,18 @@ def write(
         "torch": torch.__version__,
         "commit": commit(),
         "command": "nanochat " + " ".join(sys.argv[1:]),
-        **facts,
     }
+
+    def kept() -> None:
+        done.sort(key=lambda row: row.get("batch_size") or 0)  # kv_cache: its cases beside each other
+        write_json(path, content | facts | {"seconds": time.monotonic() - started, "rows": done})
+
     for row in rows:
         done.append(row)
-        write_json(path, content | {"seconds": time.monotonic() - started, "rows": done})
-    if not done:
-        write_json(path, content | {"seconds": time.monotonic() - started, "rows": []})
+        kept()
+    if arguments.case and not done:
+        raise UserError(f"benchmark {arguments.name}: --case {' --case '.join(arguments.case)}: there is no such row.")
+    kept()
     say(f"benchmark {arguments.name}", f"wrote {path}")
 
 
@@ -162,14 +180,13 @@ def run_in_processes(arguments: argparse.Namespace) -> None:
 
 def run_training(
     settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
-) -> tuple[list[dict], dict]:
+) -> tuple[Iterable[dict], dict]:
     """Rows and facts of training.json."""
     conversations, pad_id = training.conversations_of(settings, arguments.conversations)
     plan = rows_of_the_plan(arguments)
     model = training_model(settings, device, arguments)
-    rows = training.measure(
-        model, conversations, settings.sequence_length, settings.benchmark.steps, plan, compiles, pad_id
-    )
+    steps, only = settings.benchmark.steps, arguments.case
+    rows = training.measure(model, conversations, settings.sequence_length, steps, plan, compiles, pad_id, only)
     return rows, {"conversations": arguments.conversations or RANDOM_CONVERSATIONS}
 
 
@@ -193,7 +210,7 @@ def rows_of_the_plan(arguments: argparse.Namespace) -> int | None:
 
 def run_kv_cache(
     settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
-) -> tuple[list[dict], dict]:
+) -> tuple[Iterable[dict], dict]:
     """Rows and facts of kv_cache.json."""
     own = settings.benchmark
     model = decoding_model(settings, device, arguments)
@@ -215,27 +232,44 @@ def run_kv_cache(
         "matmul_flops_per_second": rates.matmul_flops_per_second,
         "weight_bytes": roofline.weight_bytes(model),
     }
-    rows = kv_cache.measure(model, own, prompts, rates, compiles)
     lengths = own.prompt_tokens, own.new_tokens
-    best = [row for row in rows if row["case"] == "cache_graph" and row["tokens_per_second"]]
-    reached = (
-        statistics.median(row["tokens_per_second"] / row["predicted_tokens_per_second"] for row in best)
-        if best
-        else 1.0
-    )
-    facts |= {
-        "theory": roofline.operations(*lengths)
-        | {
-            "roofline_speedup": {
-                size: operator.truediv(*roofline.generation_seconds(model, size, *lengths, rates))
-                for size in own.batch_sizes
-            }
-        },
-        "projections": roofline.projections(model, own.batch_sizes, *lengths, reached),
+
+    def rows() -> Iterator[dict]:
+        """What matters most first: a run may be ended early."""
+        reached = []
+        for row in kv_cache.measure(model, own, prompts, rates, compiles):
+            if row["case"] == "cache_graph" and row["tokens_per_second"]:
+                reached.append(row["tokens_per_second"] / row["predicted_tokens_per_second"])
+            yield row
+        fraction = statistics.median(reached) if reached else 1.0
+        facts["projections"] = roofline.projections(model, own.batch_sizes, *lengths, fraction)
+        if device.type == "cuda":
+            facts.update(serving.measure(model, rates, settings.seed))
+            yield from kv_cache.measure_peers(model, own, prompts, rates)
+
+    facts["theory"] = roofline.operations(*lengths) | {
+        "roofline_speedup": {
+            size: operator.truediv(*roofline.generation_seconds(model, size, *lengths, rates))
+            for size in own.batch_sizes
+        }
     }
-    if device.type == "cuda":
-        facts |= serving.measure(model, rates, settings.seed)
-    return rows, facts
+    return rows(), facts
+
+
+def run_decode_tiles(
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
+) -> tuple[Iterable[dict], dict]:
+    """Rows and facts of decode_tiles.json."""
+    own = settings.benchmark
+    model = decoding_model(settings, device, arguments)
+    if reason := unusable(model):
+        raise UserError(f"benchmark decode_tiles: the decode step's kernels do not run here: {reason}.")
+    sizes = [size for size in own.batch_sizes if not arguments.case or str(size) in arguments.case]
+    filled = own.prompt_tokens + own.new_tokens // 2
+    rates = roofline.measure_rates(device, model.compute_dtype)
+    facts = {"filled_positions": filled, "copy_bytes_per_second": rates.copy_bytes_per_second}
+    seconds = arguments.seconds or decode_tiles.SEARCH_SECONDS
+    return decode_tiles.measure(model, sizes, filled, rates, seconds), facts
 
 
 def run_first_token(
@@ -262,8 +296,9 @@ def run_ablation(
         raise UserError("benchmark ablation: give --tokens and --tokenizer, the folders of those stages.")
     given = settings if arguments.config else None
     setup = ablation.Setup.of(arguments.tokens, arguments.tokenizer, given, device)
-    rows = ablation.measure(setup, device, arguments.case, arguments.seconds)
-    return rows, {"tokens": arguments.tokens, "seconds_a_row": arguments.seconds}
+    seconds = arguments.seconds or ablation.SECONDS
+    rows = ablation.measure(setup, device, arguments.case, seconds)
+    return rows, {"tokens": arguments.tokens, "seconds_a_row": seconds}
 
 
 def default_settings(device: torch.device) -> BenchmarkSettings:

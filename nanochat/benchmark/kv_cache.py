@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -46,8 +47,8 @@ CASE_SECONDS = 60.0  # of one case over all batch sizes; sizes that it does not 
 Run = Callable[[list[list[int]]], dict]
 
 
-def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, compile: bool) -> list[dict]:
-    """The rows of benchmark/kv_cache.json; `prompts` holds at least as many as the largest batch size."""
+def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, compile: bool) -> Iterator[dict]:
+    """This package's rows of benchmark/kv_cache.json; `prompts` holds at least as many as the largest batch size."""
     on_gpu = model.device.type == "cuda"
     cases: dict[str, Run] = {}
     cases["recompute_eager"] = lambda batch: _recompute_row(model, batch, settings, rates)
@@ -56,21 +57,20 @@ def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Ra
     cases["cache_eager"] = lambda batch: _stepwise_row(model, batch, settings, rates)
     if on_gpu:
         cases["cache_graph"] = lambda batch: _whole_row(model, batch, settings, rates)
-    rows: list[dict] = []
     for case, run in cases.items():
         with compiled_blocks(model) if case == "recompute_compiled" else _nothing():
-            rows += _over_sizes(case, run, settings, prompts)
-    if on_gpu:
-        for case, run in peers.cases(model, settings.new_tokens).items():
-            if isinstance(run, str):
-                rows.append({"case": case, "batch_size": None, "skipped": run} | dict.fromkeys(MEASURED))
-                say("benchmark kv_cache", f"{case}: {run}")
-                continue
-            rows += _over_sizes(
-                case, lambda batch, run=run: _peer_row(run, model, batch, settings, rates), settings, prompts
-            )
-    order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
-    return sorted(rows, key=lambda row: (row["batch_size"] or 0, order[row["case"]]))
+            yield from _over_sizes(case, run, settings, prompts)
+
+
+def measure_peers(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates) -> Iterator[dict]:
+    """The rows of other libraries, of each that is installed; a word on each that is not."""
+    for case, run in peers.cases(model, settings.new_tokens).items():
+        if isinstance(run, str):
+            say("benchmark kv_cache", f"{case}: {run}")
+            yield {"case": case, "batch_size": None, "skipped": run} | dict.fromkeys(MEASURED)
+            continue
+        measured = partial(_peer_row, run, model, settings=settings, rates=rates)
+        yield from _over_sizes(case, measured, settings, prompts)
 
 
 def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int]]) -> list[dict]:

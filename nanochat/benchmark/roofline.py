@@ -53,10 +53,11 @@ def weight_bytes(model: GPT) -> int:
 
 
 def cached_step(model: GPT, rows: int, filled: float) -> DecodeCost:
-    """A step with a cache of `filled` positions a row: weights once, the filled keys and values of each row."""
+    """A step with a cache of `filled` positions a row: weights once, the keys and values that each layer sees of each row."""
     config = model.config
-    keys_and_values = rows * filled * row_bytes(config, 1, model.compute_dtype.itemsize)
-    attention = 4 * config.depth * config.width * filled  # q k and p v, 2 FLOPs a multiply-add
+    seen = sum(min(filled, block.attention.window or filled) for block in model.blocks)  # positions, of all layers
+    keys_and_values = rows * seen / config.depth * row_bytes(config, 1, model.compute_dtype.itemsize)
+    attention = 4 * config.width * seen  # q k and p v, 2 FLOPs a multiply-add
     return DecodeCost(weight_bytes(model) + keys_and_values, rows * (2 * model.matmul_parameters() + attention))
 
 
@@ -65,7 +66,8 @@ def recomputed_step(model: GPT, rows: int, length: float) -> DecodeCost:
     config = model.config
     head = model.head.numel()
     blocks = 2 * (model.matmul_parameters() - head) * length
-    attention = 4 * config.depth * config.width * length * length / 2  # the causal half
+    windows = [min(length, block.attention.window or length) for block in model.blocks]
+    attention = 4 * config.width * sum(window * (length - window / 2) for window in windows)  # the causal half
     return DecodeCost(weight_bytes(model), rows * (blocks + attention + 2 * head))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import random
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -12,6 +13,7 @@ from nanochat.benchmark.timing import repeat, seconds_of
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.model.gpt import GPT
+from nanochat.progress import say
 
 MIXED_REQUESTS, MIXED_PROMPT, MIXED_NEW = 512, (10, 500), (10, 400)
 MIXED_ROWS = 93
@@ -19,14 +21,17 @@ LONG_PROMPT = 2048
 DEEP = {"depth": 20, "width": 1280, "heads": 10, "kv_heads": 10}
 
 
-def measure(model: GPT, rates: Rates, seed: int) -> dict[str, dict]:
-    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json."""
-    return {
-        "capture": capture_seconds(model, MIXED_ROWS, 256),
-        "mixed": mixed(model, seed),
-        "long_prompt": long_prompt(model, rates, seed),
-        "deep": deep(model, rates, seed),
-    }
+def measure(model: GPT, rates: Rates, seed: int) -> Iterator[tuple[str, dict]]:
+    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json, one by one."""
+    for name, measured in (
+        ("capture", lambda: capture_seconds(model, MIXED_ROWS, 256)),
+        ("mixed", lambda: mixed(model, seed)),
+        ("long_prompt", lambda: long_prompt(model, rates, seed)),
+        ("deep", lambda: deep(model, rates, seed)),
+    ):
+        found = measured()
+        say("benchmark kv_cache", f"{name}: " + ", ".join(f"{key} {value:.5g}" for key, value in found.items()))
+        yield name, found
 
 
 def mixed(model: GPT, seed: int, requests: int = MIXED_REQUESTS, rows: int = MIXED_ROWS) -> dict:

@@ -1,7 +1,7 @@
 """The trainer itself at full speed: an optimizer step with its loader, update, log line and checkpoints, and what several GPUs give.
 
 d12, d20                       one GPU, 524,288 tokens a step, the plain transformer; on a CPU, or with settings, the model that those name
-d12_additions                  d12 as it is trained, with model.additions
+d12_additions, d20_additions   as they are trained, with model.additions
 <model>_wide, <model>_split    all GPUs of this machine: as many tokens a GPU as one has in the row above; as many in all
 
 Each row comes from a process of its own, `python -m nanochat.benchmark.trainer TASK`, and where it compiles from a second one before
@@ -37,7 +37,7 @@ from nanochat.train.trainer import Trainer
 # Layers -> rows of a micro-batch, of those that one H100 trains fastest with.
 DEPTHS = {12: 32, 20: 16}
 PLAIN = {f"d{depth}": config.Model(depth=depth, additions=[]) for depth in DEPTHS}
-ADDED = {"d12_additions": config.Model(depth=12)}
+ADDED = {f"d{depth}_additions": config.Model(depth=depth) for depth in DEPTHS}
 LENGTH, VOCAB_SIZE, TOKENS_PER_STEP = 2048, 32_768, 524_288
 STEPS = {"cuda": 50, "cpu": 6}
 CPU_ROWS = 8
@@ -79,7 +79,7 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
             alone = _compiled_before(task | {"gpus": min(gpus, 1)}, caches)
             yield _said(alone)
-            for name, factor in (("wide", gpus), ("split", 1)) if gpus > 1 and task["case"] not in ADDED else ():
+            for name, factor in (("wide", gpus), ("split", 1)) if gpus > 1 else ():
                 more = {"gpus": gpus, "tokens_per_step": factor * task["tokens_per_step"]}
                 row = in_processes(task | more | {"case": f"{task['case']}_{name}"}, caches)
                 efficiency = row["tokens_per_second"] / (gpus * alone["tokens_per_second"])

@@ -19,7 +19,7 @@ into micro-batches of the case's size, forward, backward, update. `tokens_per_se
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -111,25 +111,28 @@ def measure(
     plan_batch_size: int | None,
     compile: bool,
     pad_id: int = 0,
-) -> list[dict]:
-    """The rows of benchmark/training.json. `model` holds float32 weights and is trained on.
+    only: Collection[str] = (),
+) -> Iterator[dict]:
+    """The rows of benchmark/training.json, one by one. `model` holds float32 weights and is trained on.
 
     conversations    token ids of each, (n,) ints
     plan_batch_size  None: the fastest power of two that fits, found here
+    only             of the stages and cases these alone (sft, study_compiled); empty: all
     """
     text = Rows.of_one_text(conversations, sequence_length)
     plan = plan_batch_size or _fastest_batch_size(model, text)
-    results = []
     for case in cases(model, conversations, text, plan, compile, pad_id):
+        if only and not {case.stage, case.name} & set(only):
+            continue
         own = _with_heads_of_128(model) if case.name == "heads_of_128" else model
         try:
-            results.append(measure_case(case, own, steps))
+            row = measure_case(case, own, steps)
         except torch.OutOfMemoryError:
             say("benchmark training", f"{case.stage}, {case.name}: {case.device_batch_size} rows do not fit")
             continue
-        what, rate = f"{case.stage}, {case.name}: {case.device_batch_size} rows", results[-1]["real_tokens_per_second"]
+        what, rate = f"{case.stage}, {case.name}: {case.device_batch_size} rows", row["real_tokens_per_second"]
         say("benchmark training", f"{what}, {rate:,.0f} tokens of text/s")
-    return results
+        yield row
 
 
 def cases(

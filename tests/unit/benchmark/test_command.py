@@ -135,13 +135,14 @@ def test_additions_are_held_against_the_plain_model(tmp_path):
     metrics = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "bos_id": 0, "tokenizer_sha256": ""}
     write_json(tmp_path / "tokens" / "metrics.json", metrics | {"shards": shards})
     where = ["--tokens", str(tmp_path / "tokens"), "--tokenizer", str(tmp_path / "tokenizer"), "--seconds", "0.5"]
-    cases = ["plain", "value_embeddings+smear", "plain#2"]
+    cases = ["plain", "value_embeddings+smear", "windows", "plain#2"]
     content = measure("ablation", tmp_path, *where, *[word for case in cases for word in ("--case", case)])
     assert content.keys() >= HEADER
-    plain, added, again = content["rows"]
+    plain, added, windowed, again = content["rows"]
     assert [row["case"] for row in content["rows"]] == cases
-    assert plain["parameters"] == again["parameters"] < added["parameters"]
+    assert plain["parameters"] == again["parameters"] == windowed["parameters"] < added["parameters"]
     assert plain["val_bpb"] != again["val_bpb"]
+    assert plain["val_bpb"] != windowed["val_bpb"]
     for row in content["rows"]:
         assert row["tokens"] == row["steps"] * 16 * TINY.sequence_length
         assert 0 < row["val_bpb"] < 8  # it learnt something of a text that repeats itself
@@ -157,6 +158,14 @@ def test_an_unknown_addition_is_named(tmp_path, capsys):
     assert "no addition plain" in capsys.readouterr().err
     assert main(["benchmark", "ablation", *where]) == 2
     assert "--tokens" in capsys.readouterr().err
+
+
+def test_a_case_that_there_is_none_of_is_named_and_nothing_written(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(TINY.model_dump_json())
+    where = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path)]
+    assert main(["benchmark", "trainer", *where, "--case", "d3"]) == 2
+    assert "--case d3: there is no such row" in capsys.readouterr().err
+    assert not (tmp_path / "trainer.json").exists()
 
 
 @pytest.mark.slow
@@ -312,8 +321,9 @@ def test_projections_say_what_they_are_and_order_devices_by_bandwidth():
 
 def test_a_case_that_used_up_its_time_marks_the_sizes_it_did_not_run(monkeypatch):
     monkeypatch.setattr(kv_cache, "CASE_SECONDS", -1.0)
-    rows = kv_cache.measure(random_model(TINY), TINY.benchmark, [[1] * 8] * 3, roofline.Rates(1e9, 1e9), compile=False)
-    assert [row["batch_size"] for row in rows] == [1, 1, 3, 3]
+    rates = roofline.Rates(1e9, 1e9)
+    rows = list(kv_cache.measure(random_model(TINY), TINY.benchmark, [[1] * 8] * 3, rates, compile=False))
+    assert [row["batch_size"] for row in rows] == [1, 3, 1, 3]
     assert all("not run" in row["skipped"] and row["tokens_per_second"] is None for row in rows)
 
 

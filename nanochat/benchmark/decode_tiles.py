@@ -1,0 +1,324 @@
+"""What each kernel of a decode step costs, and which tiles make the step fastest: where the plans of `infer.fused_step` come from.
+
+At each batch size the step is captured and replayed as decoding does it, and timed
+
+plan           with the tiles of `plan_for`
+without_X      with one kernel left out (of each layer): what the step saves is X's share of it. Since kernels overlap these shares
+               may add up to less than the step
+improved       with one change of the plan that made it faster, as the search goes on
+tuned          with the best plan found, timed in turns with the first one
+
+The search changes one tile at a time, one or two of its sizes at a time, keeps what is faster by more than the noise, and ends
+where no such change is left, or when its time is used up. A plan whose kernels compute something else is not taken.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations, product
+
+import torch
+
+from nanochat.benchmark.roofline import Rates, cached_step
+from nanochat.benchmark.timing import seconds_of, spread
+from nanochat.infer.decode import Rows
+from nanochat.infer.decoder import STEPS_IN_A_ROW, captured
+from nanochat.infer.fused_step import FusedStep, Plan, Tile, plan_for
+from nanochat.infer.sampling import Kind
+from nanochat.model.attention import KVCache
+from nanochat.model.gpt import GPT
+from nanochat.progress import say
+
+PRODUCTS = ("qkv", "out", "up", "down", "head")
+KERNELS = (*PRODUCTS, "attend", "embed", "finish")
+GREEDY = Kind(greedy=True, cut=False, filtered=False)
+SEARCH_SECONDS = 240.0  # at a batch size
+REPLAYS = 12  # of STEPS_IN_A_ROW steps, in one timing
+GAIN = 0.004  # of the step's time: less is noise
+LARGEST_ERROR = 0.02  # of the stream, relative, between two plans in bfloat16
+COMPILERS = 14  # threads
+
+SIZES: dict[str, tuple[int, ...]] = {
+    "m": (1, 2, 4, 8, 16, 32, 64, 128),
+    "n": (4, 8, 16, 32, 64, 128, 256),
+    "k": (32, 64, 128, 256, 512, 1024),
+    "splits": (1, 2, 3, 4, 6, 8),
+    "stages": (0, 2, 3, 4, 5, 6),
+    "warps": (1, 2, 4, 8),
+    "lanes": (1, 2, 4, 8),
+}
+ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
+    "positions": (16, 32, 64, 128, 256),
+    "attention_warps": (1, 2, 4, 8),
+    "attention_early": (0, 1, 2),
+}
+# Sizes that are often better changed together: one gives the room that the other needs.
+PAIRS = {frozenset(pair) for pair in (("n", "warps"), ("k", "stages"), ("m", "n"), ("k", "lanes"), ("n", "splits"))}
+
+REGISTERS = 255  # of 4 bytes, of a thread
+SHARED_BYTES = 227 * 1024  # of a program, on an H100
+
+
+def measure(model: GPT, batch_sizes: list[int], filled: int, rates: Rates, seconds: float) -> Iterator[dict]:
+    """The rows of decode_tiles.json.
+
+    filled   positions of each row, in the middle of what is timed
+    seconds  of the search at each batch size
+    """
+    for size in batch_sizes:
+        yield from _measure_size(TimedStep(model, size, filled), rates, seconds)
+
+
+def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[dict]:
+    rows, first = step.rows, plan_for(step.rows)
+    floor = cached_step(step.model, rows, step.filled).bytes / rates.copy_bytes_per_second
+
+    def row(case: str, times: list[float], **more) -> dict:
+        took = statistics.median(times)
+        return {
+            "case": case,
+            "batch_size": rows,
+            "microseconds": 1e6 * took,
+            "spread": spread(times),
+            "tokens_per_second": rows / took,
+            "floor_fraction": floor / took,
+        } | more
+
+    before = step.times(first)
+    yield row("plan", before, plan=repr(first))
+    costs: dict[str, float] = {}
+    for name in KERNELS:
+        times = step.times(first, without=name)
+        costs[name] = statistics.median(before) - statistics.median(times)
+        yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
+    plan = first
+    search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
+    for name in sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True) * 2:
+        for plan, took in search.improve(name):
+            yield row("improved", [took], kernel=name, plan=repr(plan))
+    turns = [(step.times(first), step.times(plan)) for _ in range(3)]
+    again, after = ([took for times in side for took in times] for side in zip(*turns, strict=True))
+    yield row("tuned", after, plan=repr(plan), first_microseconds=1e6 * statistics.median(again), tried=search.tried)
+    say(
+        "benchmark decode_tiles",
+        f"{rows} rows: {1e6 * statistics.median(again):.1f} to {1e6 * statistics.median(after):.1f} us a step "
+        f"({floor / statistics.median(after):.0%} of the floor), {search.tried} plans tried: {plan}",
+    )
+
+
+class PartialStep(FusedStep):
+    """A decode step that can leave out one kind of its kernels: then it draws nonsense, in less time."""
+
+    without: str | None = None
+
+    def _embed(self, *arguments) -> None:
+        if self.without != "embed":
+            super()._embed(*arguments)
+
+    def _attend(self, *arguments) -> None:
+        if self.without != "attend":
+            super()._attend(*arguments)
+
+    def _finish(self, *arguments) -> None:
+        if self.without != "finish":
+            super()._finish(*arguments)
+
+    def _matmul(self, rows: int, tile: Tile, x, weight, out, epilogue, *more) -> None:
+        added = "down" if weight.size(1) > self.width else "out"
+        products = self.products
+        named = {products.STORE: "qkv", products.SQUARED_RELU: "up", products.ADD: added}
+        if self.without != next((name for key, name in named.items() if epilogue == key), "head"):
+            super()._matmul(rows, tile, x, weight, out, epilogue, *more)
+
+
+class TimedStep:
+    """A decode step of `rows` rows on a cache of random keys and values, and how long it takes."""
+
+    def __init__(self, model: GPT, rows: int, filled: int, replays: int = REPLAYS):
+        """filled: positions of each row halfway through a timing; as many steps are run as decode around it."""
+        self.model, self.rows, self.filled, self.replays = model, rows, filled, replays
+        steps = replays * STEPS_IN_A_ROW
+        self.first = max(0, filled - steps // 2)
+        device = model.device
+        self.cache = KVCache(model.config, rows, self.first + steps + 1, device, model.compute_dtype)
+        generator = torch.Generator(device).manual_seed(rows)
+        for side in (*self.cache.keys, *self.cache.values):
+            side.normal_(generator=generator)
+        self.state = Rows.empty(rows, steps, device)
+        self.tokens = torch.randint(model.config.vocab_size, (rows,), generator=generator, device=device)
+        self.step = PartialStep(model, self.cache, self.state)
+        self.splits = self.step.splits(rows, self.first + steps)
+        self.expected: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def times(self, plan: Plan, without: str | None = None, repeats: int = 3) -> list[float]:
+        """Seconds of a step, of each repeat; raises what the compiler, the launch or `check` does."""
+        self.step.without = without
+        if without is None:
+            self.check(plan)
+        self._begin()
+        if self.model.device.type == "cuda":
+            graph, _ = captured(lambda: self._steps(plan, STEPS_IN_A_ROW), None)
+            replay: Callable[[], object] = graph.replay
+        else:
+            replay = lambda: self._steps(plan, STEPS_IN_A_ROW)  # noqa: E731
+        seconds = []
+        for repeated in range(repeats + 1):
+            self._begin()
+            took = seconds_of(lambda: [replay() for _ in range(self.replays)], self.model.device)
+            if repeated:  # the first warms up
+                seconds.append(took / self.replays / STEPS_IN_A_ROW)
+        return seconds
+
+    def check(self, plan: Plan) -> None:
+        """ValueError when the plan's step computes something else than that of the first plan checked."""
+        self._begin()
+        for buffer in (self.step.x, self.step.qkv, self.step.attended, self.step.hidden, self.step.best):
+            buffer.fill_(3.0)  # what is not computed must not be what the step before has left
+        self._steps(plan, 1)
+        found = self.step.x[: self.rows].float().clone(), self.state.drawn[:, 0].clone()
+        if self.expected is None:
+            self.expected = found
+        error = (found[0] - self.expected[0]).norm() / self.expected[0].norm()
+        # In bfloat16 a near tie can go either way; more of them than a quarter are none.
+        if not error < LARGEST_ERROR or (found[1] != self.expected[1]).sum() > (self.rows + 3) // 4:
+            raise ValueError(f"computes something else: the stream differs by {error:.3g}")
+
+    def compile(self, plans: list[Plan]) -> None:
+        """Compile the kernels of all these plans side by side. What does not compile fails again when it is launched."""
+        if self.model.device.type != "cuda":
+            return
+        from triton.runtime._async_compile import AsyncCompileMode
+
+        step, kernels, products = self.step, self.step.kernels, self.step.products
+        step.without, step.kernels, step.products = None, _Compiling(kernels), _Compiling(products)
+        try:
+            with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
+                for plan in plans:
+                    self._steps(plan, 1)
+        finally:
+            step.kernels, step.products = kernels, products
+
+    @torch.no_grad()
+    def _steps(self, plan: Plan, count: int) -> None:
+        for _ in range(count):
+            self.step(self.rows, self.splits, GREEDY, plan)
+
+    def _begin(self) -> None:
+        state = self.state
+        state.token.copy_(self.tokens)
+        state.position.fill_(self.first)
+        state.remaining.fill_(2**30)
+        state.running.fill_(True)
+        state.stops.fill_(-1)
+        state.column.fill_(self.step.without == "embed")  # which moves it on
+
+
+class _Compiling:
+    """A module of Triton kernels whose launches compile and do nothing else."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name: str):
+        found = getattr(self.module, name)
+        if not hasattr(found, "warmup"):
+            return found
+        return _Warmup(found)
+
+
+class _Warmup:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
+
+
+class Search:
+    """Coordinate descent from a plan, on the time of `step`."""
+
+    def __init__(self, step: TimedStep, plan: Plan, seconds: float, deadline: float):
+        """seconds: of the plan's step; deadline: of time.monotonic()."""
+        self.step, self.plan, self.seconds, self.deadline = step, plan, seconds, deadline
+        self.tried = 0
+        self.known: set[Plan] = {plan}
+
+    def improve(self, name: str) -> Iterator[tuple[Plan, float]]:
+        """Change the tile `name` as long as that gives something; each better plan with its seconds."""
+        while time.monotonic() < self.deadline:
+            plans = [plan for plan in changes(self.plan, name, self.step) if plan not in self.known]
+            self.known.update(plans)
+            self.step.compile(plans)
+            best: tuple[float, Plan] | None = None
+            for plan in plans:
+                if time.monotonic() > self.deadline:
+                    break
+                self.tried += 1
+                try:
+                    took = statistics.median(self.step.times(plan))
+                except Exception:
+                    continue  # too large for the device, or for the compiler, or wrong
+                if best is None or took < best[0]:
+                    best = took, plan
+            if best is None or best[0] > (1 - GAIN) * self.seconds:
+                return
+            # The fastest of many is the luckiest too: it must be so again.
+            again = statistics.median(self.step.times(best[1]))
+            if again > (1 - GAIN) * self.seconds:
+                return
+            self.seconds, self.plan = again, best[1]
+            yield self.plan, self.seconds
+
+
+def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
+    """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two."""
+    if name == "attend":
+        return [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, pairs=())]
+    config = step.model.config
+    inner = 4 * config.width if name == "down" else config.width
+    tiles = dict.fromkeys(
+        tile
+        for changed in _neighbours(vars(getattr(plan, name)), SIZES, PAIRS)
+        for tile in [_mended(replace(getattr(plan, name), **changed)).fitted(inner)]
+        if fits(tile, inner, step.rows, adds=name in ("out", "down"))
+    )
+    return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]
+
+
+def _neighbours(sizes: dict, ladders: dict[str, tuple[int, ...]], pairs: Iterable[frozenset[str]]) -> Iterator[dict]:
+    def reached(key: str, far: int) -> list[int]:
+        ladder = ladders[key]
+        at = min(range(len(ladder)), key=lambda i: abs(ladder[i] - sizes[key]))
+        return [ladder[i] for i in range(max(0, at - far), min(len(ladder), at + far + 1)) if ladder[i] != sizes[key]]
+
+    for key in ladders:
+        yield from ({key: value} for value in reached(key, 2))
+    for one, other in combinations(ladders, 2):
+        if frozenset((one, other)) in pairs:
+            yield from ({one: a, other: b} for a, b in product(reached(one, 1), reached(other, 1)))
+
+
+def _mended(tile: Tile) -> Tile:
+    """Without tensor cores there are no stages and no lanes."""
+    return replace(tile, stages=0, lanes=1) if tile.m < 16 else tile
+
+
+def fits(tile: Tile, inner: int, rows: int, adds: bool) -> bool:
+    """Whether a tile of a product can be expected to run, and not to be a waste.
+
+    adds: the product is added to the stream, so that parts of K can be
+    """
+    if tile.splits > 1 and not adds:
+        return False
+    most = max(1 << (rows - 1).bit_length(), 16 if tile.m >= 16 else 1)
+    if tile.m > most or (tile.m < 16 and rows > 8) or (tile.m >= 16 and tile.n < 8):
+        return False
+    threads, part = 32 * tile.warps, inner // tile.splits
+    if tile.m < 16:
+        return tile.n * (part + tile.k) <= 200 * threads  # float32 weights, held, and the products
+    accumulator = tile.lanes * tile.m * tile.n
+    if tile.stages == 0:
+        return accumulator + tile.n * part // 2 <= 200 * threads  # two half-precision weights a register
+    return accumulator <= REGISTERS * threads and tile.stages * (tile.m + tile.n) * tile.k * 2 <= SHARED_BYTES
