@@ -5,6 +5,7 @@ compile      what compiling a training step costs, cold and with a warm cache, a
 trainer      the trainer as it runs: loader, update and checkpoints included, cold and warm compilers, one GPU and all of them
 batch_size   speed, memory and utilisation over the rows of a micro-batch, and whether the plan's choice is the best one
 plans        whether batch-size plans hold: how long the search takes, whether its maximum is one, whether training fits
+attention    attention alone: what training uses, and each backend of torch
 kv_cache     decoding with and without a cache of keys and values, over batch sizes
 ablation     what the model's additions give in the same time: trains with and without each of them
 decode_tiles what each kernel of a decode step costs, and which tiles of it are the fastest
@@ -32,6 +33,7 @@ import torch
 from nanochat import hardware
 from nanochat.benchmark import (
     ablation,
+    attention,
     batch_size,
     compile,
     decode_tiles,
@@ -52,12 +54,14 @@ from nanochat.files import read_json, read_settings, write_json
 from nanochat.infer.engine import Engine
 from nanochat.infer.fused_step import unusable
 from nanochat.model.files import load_model
-from nanochat.model.gpt import GPT
+from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.progress import say
 from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
-NAMES = ("training", "compile", "trainer", "batch_size", "plans", "kv_cache", "decode_tiles", "first_token", "ablation")
+NAMES = (
+    "training", "compile", "trainer", "attention", "batch_size", "plans", "kv_cache", "decode_tiles", "first_token", "ablation"
+)  # fmt: skip
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
 RANDOM_CONVERSATIONS = "random tokens of usual lengths"
@@ -81,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case",
         action="append",
         default=[],
-        help="trainer, plans, ablation: only this row (d12, d12_t2048); training: this stage or row (sft, study_compiled); "
-        "decode_tiles: this batch size",
+        help="trainer, plans, ablation, attention: only this row (d12, d12_t2048, chosen); training: this stage or row (sft, study_compiled); "
+        "kv_cache: this row or fact (cache_graph, mixed); decode_tiles: this batch size",
     )
     parser.add_argument(
         "--once", action="store_true", help="plans: search each plan once, do not try its maximum again"
@@ -115,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     measurement = {
         "training": run_training,
         "compile": run_compile,
+        "attention": run_attention,
         "kv_cache": run_kv_cache,
         "decode_tiles": run_decode_tiles,
         "first_token": run_first_token,
@@ -151,7 +156,7 @@ def write(
     for row in rows:
         done.append(row)
         kept()
-    if arguments.case and not done:
+    if arguments.case and not done and not facts.keys() & set(arguments.case):
         raise UserError(f"benchmark {arguments.name}: --case {' --case '.join(arguments.case)}: there is no such row.")
     kept()
     say(f"benchmark {arguments.name}", f"wrote {path}")
@@ -198,6 +203,19 @@ def run_compile(
     return rows, {"conversations": arguments.conversations or RANDOM_CONVERSATIONS}
 
 
+def run_attention(
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
+) -> tuple[Iterable[dict], dict]:
+    """Rows and facts of attention.json; without settings, of the shape that `trainer` measures."""
+    if not arguments.config and device.type == "cuda":
+        settings = settings.model_copy(update={"model": Model(depth=12), "sequence_length": trainer.LENGTH})
+    shape = GPTConfig.from_settings(settings.model, settings.vocab_size, settings.sequence_length)
+    rows = rows_of_the_plan(arguments) or attention.ROWS[device.type]
+    dtype = hardware.resolve_dtype(settings.dtype, device)
+    measured = attention.measure(shape, rows, device, dtype, compiles, arguments.case)
+    return measured, {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.width // shape.heads}
+
+
 def rows_of_the_plan(arguments: argparse.Namespace) -> int | None:
     """device_batch_size of the given plan."""
     if not arguments.plan:
@@ -237,15 +255,15 @@ def run_kv_cache(
     def rows() -> Iterator[dict]:
         """What matters most first: a run may be ended early."""
         reached = []
-        for row in kv_cache.measure(model, own, prompts, rates, compiles):
+        for row in kv_cache.measure(model, own, prompts, rates, compiles, arguments.case):
             if row["case"] == "cache_graph" and row["tokens_per_second"]:
                 reached.append(row["tokens_per_second"] / row["predicted_tokens_per_second"])
             yield row
         fraction = statistics.median(reached) if reached else 1.0
         facts["projections"] = roofline.projections(model, own.batch_sizes, *lengths, fraction)
         if device.type == "cuda":
-            facts.update(serving.measure(model, rates, settings.seed))
-            yield from kv_cache.measure_peers(model, own, prompts, rates)
+            facts.update(serving.measure(model, rates, settings.seed, arguments.case))
+            yield from kv_cache.measure_peers(model, own, prompts, rates, arguments.case)
 
     facts["theory"] = roofline.operations(*lengths) | {
         "roofline_speedup": {

@@ -5,6 +5,7 @@ At each batch size the step is captured and replayed as decoding does it, and ti
 plan           with the tiles of `plan_for`
 without_X      with one kernel left out (of each layer): what the step saves is X's share of it. Since kernels overlap these shares
                may add up to less than the step
+without_ahead  nothing fetched ahead for the attentions to come; less than the step, if that is worth something
 improved       with one change of the plan that made it faster, as the search goes on
 tuned          with the best plan found, timed in turns with the first one
 
@@ -53,9 +54,21 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "positions": (16, 32, 64, 128, 256),
     "attention_warps": (1, 2, 4, 8),
     "attention_early": (0, 1, 2),
+    "ahead": (0, 1, 2, 3, 4),
+    "ahead_megabytes": (8, 16, 24, 32, 48, 64, 96),
 }
 # Sizes that are often better changed together: one gives the room that the other needs.
-PAIRS = {frozenset(pair) for pair in (("n", "warps"), ("k", "stages"), ("m", "n"), ("k", "lanes"), ("n", "splits"))}
+PAIRS = {
+    frozenset(pair)
+    for pair in (
+        ("n", "warps"),
+        ("k", "stages"),
+        ("m", "n"),
+        ("k", "lanes"),
+        ("n", "splits"),
+        ("ahead", "ahead_megabytes"),
+    )
+}
 
 REGISTERS = 255  # of 4 bytes, of a thread
 SHARED_BYTES = 227 * 1024  # of a program, on an H100
@@ -93,6 +106,8 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
         times = step.times(first, without=name)
         costs[name] = statistics.median(before) - statistics.median(times)
         yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
+    times = step.times(replace(first, ahead=0))
+    yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
     for name in sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True) * 2:
@@ -208,7 +223,8 @@ class TimedStep:
     def _begin(self) -> None:
         state = self.state
         state.token.copy_(self.tokens)
-        state.position.fill_(self.first)
+        # Without `finish` no row moves on: it stands where it does on average.
+        state.position.fill_(self.filled if self.step.without == "finish" else self.first)
         state.remaining.fill_(2**30)
         state.running.fill_(True)
         state.stops.fill_(-1)
@@ -275,7 +291,7 @@ class Search:
 def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two."""
     if name == "attend":
-        return [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, pairs=())]
+        return [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
     config = step.model.config
     inner = 4 * config.width if name == "down" else config.width
     tiles = dict.fromkeys(

@@ -14,7 +14,7 @@ copy bandwidth, over the time of a step.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -47,8 +47,19 @@ CASE_SECONDS = 60.0  # of one case over all batch sizes; sizes that it does not 
 Run = Callable[[list[list[int]]], dict]
 
 
-def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, compile: bool) -> Iterator[dict]:
-    """This package's rows of benchmark/kv_cache.json; `prompts` holds at least as many as the largest batch size."""
+def measure(
+    model: GPT,
+    settings: Benchmark,
+    prompts: list[list[int]],
+    rates: Rates,
+    compile: bool,
+    only: Collection[str] = (),
+) -> Iterator[dict]:
+    """This package's rows of benchmark/kv_cache.json.
+
+    prompts  at least as many as the largest batch size
+    only     of the cases these alone; empty: all
+    """
     on_gpu = model.device.type == "cuda"
     cases: dict[str, Run] = {}
     cases["recompute_eager"] = lambda batch: _recompute_row(model, batch, settings, rates)
@@ -58,13 +69,19 @@ def measure(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Ra
     if on_gpu:
         cases["cache_graph"] = lambda batch: _whole_row(model, batch, settings, rates)
     for case, run in cases.items():
+        if only and case not in only:
+            continue
         with compiled_blocks(model) if case == "recompute_compiled" else _nothing():
             yield from _over_sizes(case, run, settings, prompts)
 
 
-def measure_peers(model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates) -> Iterator[dict]:
-    """The rows of other libraries, of each that is installed; a word on each that is not."""
+def measure_peers(
+    model: GPT, settings: Benchmark, prompts: list[list[int]], rates: Rates, only: Collection[str] = ()
+) -> Iterator[dict]:
+    """The rows of other libraries, of each that is installed; a word on each that is not. only: as in `measure`."""
     for case, run in peers.cases(model, settings.new_tokens).items():
+        if only and case not in only:
+            continue
         if isinstance(run, str):
             say("benchmark kv_cache", f"{case}: {run}")
             yield {"case": case, "batch_size": None, "skipped": run} | dict.fromkeys(MEASURED)

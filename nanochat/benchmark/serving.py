@@ -4,7 +4,7 @@ import dataclasses
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -21,14 +21,16 @@ LONG_PROMPT = 2048
 DEEP = {"depth": 20, "width": 1280, "heads": 10, "kv_heads": 10}
 
 
-def measure(model: GPT, rates: Rates, seed: int) -> Iterator[tuple[str, dict]]:
-    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json, one by one."""
+def measure(model: GPT, rates: Rates, seed: int, only: Collection[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json, one by one. only: of them these alone; empty: all."""
     for name, measured in (
         ("capture", lambda: capture_seconds(model, MIXED_ROWS, 256)),
         ("mixed", lambda: mixed(model, seed)),
         ("long_prompt", lambda: long_prompt(model, rates, seed)),
         ("deep", lambda: deep(model, rates, seed)),
     ):
+        if only and name not in only:
+            continue
         found = measured()
         say("benchmark kv_cache", f"{name}: " + ", ".join(f"{key} {value:.5g}" for key, value in found.items()))
         yield name, found

@@ -1,5 +1,7 @@
 """Programmatic dependent launch (PDL, Hopper): a kernel starts while the one before it still runs, and fetches what does not
 depend on that one before it waits for it. PDL = 0: nothing of it; 2: the next kernel may start only after the wait.
+
+What a later kernel will read can be asked for too, while the memory idles: `fetch_filled`.
 """
 
 import triton
@@ -39,3 +41,53 @@ def fetch_tile(tile, outer, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STRIDE_
     row = tl.minimum(tl.arange(0, ROWS), outer - 1).to(tl.int64)[:, None]
     for first in tl.static_range(0, LINES, 16):
         fetch_lines(tile.to(tl.int64) + row * STRIDE_BYTES + tl.minimum(first + line, LINES - 1) * 128)
+
+
+@triton.jit
+def fetch_ranges(at, size):
+    """Ask the L2 cache for `size` bytes from each of these addresses, both multiples of 16; 0: for nothing. Only from Hopper on."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fetch_filled(
+    keys,  # (rows, L, NUMBERS), of the attention to come
+    values,
+    position,  # (R,) int64
+    running,  # (R,) bool
+    length,  # L
+    rows,
+    pieces,
+    window,
+    program,
+    programs,
+    NUMBERS: tl.constexpr,
+    PIECE: tl.constexpr,  # 0: nothing is asked for
+    THREADS: tl.constexpr,  # of a program: each asks for a piece or two
+):
+    """Ask the L2 cache for what `attend` will read: of each row the first `pieces` of PIECE positions. Each program for its share."""
+    if PIECE:
+        SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+        for begin in tl.range(0, tl.cdiv(rows * pieces, programs), THREADS):
+            piece = (begin + tl.arange(0, THREADS)) * programs + program
+            row, first, count = piece_of(piece, position, running, length, rows, pieces, window, PIECE)
+            at = (row.to(tl.int64) * length + first) * NUMBERS
+            size = count * (NUMBERS * SIZE)
+            fetch_ranges((keys + at).to(tl.int64), size)
+            fetch_ranges((values + at).to(tl.int64), size)
+
+
+@triton.jit
+def piece_of(piece, position, running, length, rows, pieces, window, PIECE: tl.constexpr):
+    """The row of a piece, its first position and how many it has, int32; none where there is nothing to read."""
+    row = piece // pieces
+    inside = row < rows
+    row = tl.minimum(row, rows - 1)
+    here = tl.minimum(tl.load(position + row, mask=inside, other=0), length - 1).to(tl.int32)
+    alive = tl.load(running + row, mask=inside, other=0).to(tl.int1)
+    oldest = tl.where(window > 0, tl.maximum(here - (window - 1), 0), 0)
+    first = oldest + piece % pieces * PIECE
+    return row, first, tl.where(alive, tl.minimum(tl.maximum(here - first, 0), PIECE), 0)

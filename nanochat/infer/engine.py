@@ -27,7 +27,7 @@ from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
-MAX_BURST = 64
+MAX_BURST = 256
 PASS_TOKENS = {"cuda": 16_384, "cpu": 4_096}  # of prompts in one pass
 
 
@@ -178,7 +178,7 @@ class Engine:
         jobs = slots.values()
         burst = self.burst
         if burst > 1 and not waiting and not any(job.request.stop_ids or job.request.calculator for job in jobs):
-            burst = MAX_BURST  # nothing to look for on the way
+            burst = max(burst, min(MAX_BURST, self._steps_to_fewer_rows(slots)))  # nothing to look for on the way
         steps = min(burst, max(job.remaining for job in jobs))
         reach = max(job.position + min(steps, job.remaining) for job in jobs)
         rows = self._row_bucket(max(slots) + 1)
@@ -186,6 +186,11 @@ class Engine:
         self.decoder.run(steps, rows, length, self._kind(jobs))
         drawn = self.state.drawn[:rows, :steps].tolist()  # the burst's one wait for the device
         return {slot: drawn[slot] for slot in slots}
+
+    def _steps_to_fewer_rows(self, slots: dict[int, _Job]) -> int:
+        """Steps until so many of the jobs have all their tokens that fewer rows can be decoded, or none is left."""
+        fewer = max((size for size in self.row_buckets if size < len(slots)), default=0)
+        return sorted(job.remaining for job in slots.values())[len(slots) - fewer - 1]
 
     def _harvest(self, slots: dict[int, _Job], drawn: dict[int, list[int]]) -> Iterator[Event]:
         """Hand out what was drawn, free the rows that ended, answer tool calls."""

@@ -18,6 +18,7 @@ from nanochat.model.gpt import GPT, Block
 
 GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
+AHEAD_POSITIONS = 8  # of a piece that one thread asks for
 
 
 def unusable(model: GPT) -> str | None:
@@ -70,6 +71,10 @@ class Plan:
     positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
     attention_warps: int
     attention_early: int  # what of the keys and values is fetched before waiting for the queries, as in `attend`
+    # How many products before an attention the L2 cache is asked for its keys and values: 1 by its own queries' product, 2 to 4
+    # by down, up, out of the layer before; 0: not. So the memory, idle in these short products, works on what comes.
+    ahead: int = 0
+    ahead_megabytes: int = 32  # of all rows together; what is fetched must still be there when it is read
 
 
 def plan_for(rows: int) -> Plan:
@@ -86,11 +91,11 @@ def plan_for(rows: int) -> Plan:
         tile = Tile(16, 16, 256, stages=4)
         return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, 0)
     if rows <= 32:
-        tile, narrow = Tile(32, 16, 256, stages=4), Tile(16, 16, 256, stages=4)
-        return Plan(tile, narrow, tile, Tile(16, 16, 512, stages=4), Tile(32, 64, 128, stages=4), 64, 4, 0)
-    tile, narrow = Tile(32, 32, 128, stages=4), Tile(32, 16, 128, stages=4)
-    down, head = Tile(64, 64, 128, splits=4, stages=3), Tile(128, 128, 64, stages=3, warps=8)
-    return Plan(tile, narrow, tile, down, head, 64, 2, 0)
+        qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
+        up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
+        return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 1, ahead=3)
+    tile, down = Tile(64, 64, 128, stages=4), Tile(64, 64, 128, splits=4, stages=5)
+    return Plan(tile, tile, tile, down, Tile(128, 128, 64, stages=3, warps=8), 64, 2, 2, ahead=3)
 
 
 class FusedStep:
@@ -161,11 +166,15 @@ class FusedStep:
         parts = 1
         most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
         for layer, (qkv, out, up, down, embedding) in enumerate(self.layers):
-            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts)
+            # The attention whose keys and values each product asks for.
+            later = {plan.ahead: layer + 1} if plan.ahead > 1 and layer + 1 < len(self.layers) else {}
+            own = layer if plan.ahead == 1 or (plan.ahead and layer == 0) else None
+            ahead = [self._ahead(rows, plan, attention) for attention in (own, *map(later.get, (4, 3, 2)))]
+            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts, ahead[0])
             self._attend(rows, splits, plan, layer, qkv.size(0), embedding, self.windows[layer])
-            parts = self._add(rows, plan.out, self.attended, out)
-            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts)
-            parts = self._add(rows, plan.down, self.hidden, down)
+            parts = self._add(rows, plan.out, self.attended, out, ahead[1])
+            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts, ahead[2])
+            parts = self._add(rows, plan.down, self.hidden, down, ahead[3])
         given = None
         if kind.cut:
             logits = self._part("logits", self.capacity, self.config.vocab_size)
@@ -196,10 +205,29 @@ class FusedStep:
             PDL=0,
         )
 
+    def _ahead(self, rows: int, plan: Plan, layer: int | None) -> tuple[int, int] | None:
+        """(layer, pieces of each row) for a product that asks for that layer's keys and values."""
+        if layer is None or not self.pdl:
+            return None
+        keys = self.cache.keys[layer]
+        piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * keys.element_size()
+        pieces = min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
+        return (layer, pieces) if pieces else None
+
     def _matmul(
-        self, rows: int, tile: Tile, x: Tensor, weight: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
+        self,
+        rows: int,
+        tile: Tile,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        epilogue,
+        parts: int,
+        most_parts: int,
+        ahead: tuple[int, int] | None = None,
     ) -> None:
-        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed."""
+        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed. ahead: of `_ahead`."""
+        layer, pieces = ahead or (0, 0)
         outer, inner = weight.shape
         tile = tile.fitted(inner)
         blocks = -(-outer // tile.n)
@@ -215,6 +243,9 @@ class FusedStep:
             sampling.temperature,
             sampling.seed,
             self.state.position,
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            self.state.running,
             self._part("shares", tile.splits, self.capacity, outer) if split else self.squares,
             self.arrived,
             rows,
@@ -222,6 +253,9 @@ class FusedStep:
             self.capacity,
             blocks,
             self.config.logit_softcap,
+            self.cache.length,
+            pieces,
+            self.windows[layer] or 0,
             outer,
             inner,
             tile.m,
@@ -233,12 +267,15 @@ class FusedStep:
             NORMED=parts > 0,
             PARTS=most_parts,
             EPILOGUE=epilogue.value,
+            AHEAD=AHEAD_POSITIONS if pieces else 0,
+            KEY_NUMBERS=self.config.kv_heads * self.head_dim,
+            THREADS=32 * tile.warps,
             **self._launch(tile.warps),
         )
 
-    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
+    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor, ahead: tuple[int, int] | None) -> int:
         """The stream += x @ weight.T; returns how many parts the sums of squares have."""
-        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1)
+        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1, ahead)
         return -(-self.width // tile.n)
 
     def _attend(

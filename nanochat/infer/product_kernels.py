@@ -9,7 +9,7 @@ atomically, what a row gets depends on its own numbers alone.
 import triton
 import triton.language as tl
 
-from nanochat.infer.dependent_launch import fetch_tile, start, wait
+from nanochat.infer.dependent_launch import fetch_filled, fetch_tile, start, wait
 from nanochat.infer.noise_kernels import gumbel
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
@@ -23,7 +23,7 @@ DRAW = tl.constexpr(4)  # the same after Gumbel noise: a draw
 LOGITS = tl.constexpr(5)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "capacity", "blocks", "softcap"])
+@triton.jit(do_not_specialize=["rows", "parts", "capacity", "blocks", "softcap", "length", "pieces", "window"])
 def matmul(
     x,  # (R, K)
     weight,  # (N, K)
@@ -34,6 +34,9 @@ def matmul(
     temperature,  # (R,) float32 ]
     seed,  # (R,) int64          ] for DRAW
     position,  # (R,) int64      ]
+    ahead_keys,  # what the attention to come will read, for AHEAD
+    ahead_values,
+    running,  # (R,) bool
     shares,  # (SPLITS, capacity, N) float32       ]
     arrived,  # (blocks, capacity) int32, zeros    ] for ADD with SPLITS > 1
     rows,
@@ -41,6 +44,9 @@ def matmul(
     capacity,  # rows that the buffers hold
     blocks,  # of columns
     softcap,
+    length,  # L of the keys and values      ]
+    pieces,  # of each row                   ] for AHEAD
+    window,  # of that attention; 0: none    ]
     N,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,  # under 16: no tensor cores; STAGES must be 0
@@ -52,6 +58,9 @@ def matmul(
     NORMED: tl.constexpr,
     PARTS: tl.constexpr,  # power of two, at least `parts`
     EPILOGUE: tl.constexpr,
+    AHEAD: tl.constexpr,  # positions of a piece; 0: nothing is fetched for the attention to come
+    KEY_NUMBERS: tl.constexpr,  # of a position: KV D
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x @ weight.T with what comes before and after it. Grid (blocks of N, blocks of R, SPLITS)."""
@@ -62,12 +71,17 @@ def matmul(
     inside = column < N
     base = split * (K // SPLITS)
     STEPS: tl.constexpr = K // SPLITS // BLOCK_K
+    program = (split * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + block
+    programs = tl.num_programs(0) * tl.num_programs(1) * SPLITS
     if BLOCK_M < 16:
         inner = base + tl.arange(0, BLOCK_K)[None, :]
         w_at = weight + column.to(tl.int64)[:, None] * K + inner
         held = ()
         for step in tl.static_range(STEPS):
             held = held + (tl.load(w_at + step * BLOCK_K, mask=inside[:, None], other=0.0).to(tl.float32),)  # noqa: RUF005
+        fetch_filled(
+            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+        )  # fmt: skip
         wait(PDL)
         for m in tl.static_range(BLOCK_M):
             if first_row + m < rows:
@@ -102,6 +116,9 @@ def matmul(
             held = ()
             for step in tl.static_range(STEPS):
                 held = held + (tl.load(w_at + step * BLOCK_K, mask=w_there, other=0.0),)  # noqa: RUF005
+            fetch_filled(
+                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+            )  # fmt: skip
             wait(PDL)
             sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
             before = _before(out, row, column, there, inside, N, EPILOGUE)
@@ -113,6 +130,9 @@ def matmul(
                 SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
                 tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
                 fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
+            fetch_filled(
+                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+            )  # fmt: skip
             wait(PDL)
             sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
             before = _before(out, row, column, there, inside, N, EPILOGUE)

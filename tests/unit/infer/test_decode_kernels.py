@@ -5,6 +5,8 @@ Every output lies between regions of a known value that must still hold it after
 
 # ruff: noqa: E402, what follows needs triton
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ import triton.language as tl
 from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
 from nanochat.config import ADDITIONS
 from nanochat.infer import decode_kernels as kernels
+from nanochat.infer import dependent_launch
 from nanochat.infer import product_kernels as products
 from nanochat.infer.decode import Rows, advance, decode_step
 from nanochat.infer.engine import Engine
@@ -30,6 +33,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]  # numpy has no bfloat16
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 PDL = {"PDL": 1, "launch_pdl": True} if ON_GPU and torch.cuda.get_device_capability() >= (9, 0) else {"PDL": 0}
+NOTHING_AHEAD = {"AHEAD": 0, "KEY_NUMBERS": 16, "THREADS": 32}
 CANARY = 7.0
 VOCAB = 97
 
@@ -110,9 +114,9 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
     def launch(out, index, squares_out, epilogue, with_norm):
         grid = (blocks, -(-rows // tile.m), 1)
         products.matmul[grid](
-            x, weight, out, index, squares, squares_out, temperature, seed, position, squares, index, rows, parts, capacity,
-            blocks, softcap, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
-            NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, num_warps=tile.warps, **PDL,
+            x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, squares, index, rows, parts,
+            capacity, blocks, softcap, 1, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
+            NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, **NOTHING_AHEAD, num_warps=tile.warps, **PDL,
         )  # fmt: skip
 
     for with_norm, expected in ((False, product), (True, normed)):
@@ -176,9 +180,9 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
     for _ in range(2):
         stream.tensor.copy_(expected)
         products.matmul[(blocks, -(-rows // tile.m), splits)](
-            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, shares.tensor,
-            arrived, rows, 0, capacity, blocks, 15.0, width, inner, tile.m, tile.n, tile.k, splits, tile.lanes, tile.stages,
-            NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **PDL,
+            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived,
+            shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
+            tile.lanes, tile.stages, NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **NOTHING_AHEAD, **PDL,
         )  # fmt: skip
         assert not arrived.any()
         results.append(stream.tensor.clone())
@@ -188,6 +192,57 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
     assert stream.intact()
     assert shares.intact()
     assert sums.intact()
+
+
+@triton.jit
+def _pieces(out, position, running, length, rows, pieces, window, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    piece = tl.arange(0, COUNT)
+    row, first, count = dependent_launch.piece_of(piece, position, running, length, rows, pieces, window, PIECE)
+    tl.store(out + piece, row.to(tl.int32))
+    tl.store(out + COUNT + piece, first)
+    tl.store(out + 2 * COUNT + piece, count)
+
+
+@pytest.mark.parametrize(("pieces", "window"), [(5, 0), (3, 0), (5, 9), (2, 9), (1, 1)])
+def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, window):
+    """Of each running row the positions that `attend` reads, up to the limit, once each; nothing else of the cache."""
+    length, size, count = 40, 8, 32
+    positions, running = [0, 1, 17, 39, 55], [True, True, True, True, False]
+    found = torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
+    _pieces[(1,)](
+        found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), pieces,
+        window, size, count,
+    )  # fmt: skip
+    read: dict[int, list[int]] = {row: [] for row in range(len(positions))}
+    for row, first, many in found.T.tolist():
+        read[row] += range(first, first + many)
+    for row, here in enumerate(positions):
+        here = min(here, length - 1)
+        seen = range(max(0, here - window + 1) if window else 0, here if running[row] else 0)
+        assert read[row] == list(seen)[: pieces * size]
+
+
+@pytest.mark.skipif(not PDL["PDL"], reason="needs a Hopper GPU")
+@pytest.mark.parametrize("ahead", [1, 2, 3, 4])
+def test_fetching_ahead_changes_nothing(ahead):
+    model, steps = tiny(torch.float16, depth=3), []
+    for plan in (SPLIT_PLAN, replace(SPLIT_PLAN, ahead=ahead), replace(SPLIT_PLAN, ahead=ahead, ahead_megabytes=1)):
+        cache, state = (
+            KVCache(model.config, 3, 160, torch.device(DEVICE), torch.float16),
+            Rows.empty(3, 8, torch.device(DEVICE)),
+        )
+        for i, side in enumerate(cache.keys + cache.values):
+            side.copy_(random(*side.shape, seed=i, dtype=torch.float16))
+        state.position.copy_(torch.tensor([0, 40, 131]))
+        state.remaining.fill_(20)
+        state.running.fill_(True)
+        step = FusedStep(model, cache, state)
+        with torch.no_grad():
+            for _ in range(8):
+                step(3, 1, Kind(True, False, False), plan)
+        steps.append([state.drawn, *cache.tensors()])
+    for found in steps[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(steps[0], found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
