@@ -24,7 +24,7 @@ from nanochat.command_settings import BenchmarkSettings
 from nanochat.model.kernels import KERNELS, fused
 from nanochat.progress import say
 
-PLAN_ROWS = {"cuda": 32, "cpu": 8}  # where no plan is given
+PLAN_TOKENS = {"cuda": 65_536, "cpu": 2048}  # of the plan's micro-batch, where none is given
 TIMEOUT_SECONDS = 600
 
 
@@ -37,7 +37,7 @@ def measure(settings: BenchmarkSettings, device: torch.device, plan: int | None,
     study = STUDY_ROWS[device.type]
     rows_per_step = max(study.values())
     shapes = [(stage, rows, rows_per_step, ()) for stage, rows in study.items()]
-    plan = plan or PLAN_ROWS[device.type]
+    plan = plan or max(1, PLAN_TOKENS[device.type] // settings.sequence_length)
     shapes.append(("training", plan, plan, KERNELS))
     results = []
     for stage, rows, rows_per_step, kernels in shapes:

@@ -53,7 +53,8 @@ SIZES: dict[str, tuple[int, ...]] = {
 ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "positions": (16, 32, 64, 128, 256),
     "attention_warps": (1, 2, 4, 8),
-    "attention_early": (0, 1, 2),
+    "attention_held": (0, 1, 2, 3, 4, 5),
+    "attention_stages": (1, 2, 3, 4),
     "ahead": (0, 1, 2, 3, 4),
     "ahead_megabytes": (8, 16, 24, 32, 48, 64, 96),
 }
@@ -66,6 +67,9 @@ PAIRS = {
         ("m", "n"),
         ("k", "lanes"),
         ("n", "splits"),
+        ("positions", "attention_warps"),
+        ("positions", "attention_held"),
+        ("attention_warps", "attention_held"),
         ("ahead", "ahead_megabytes"),
     )
 }
@@ -290,9 +294,10 @@ class Search:
 
 def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two."""
-    if name == "attend":
-        return [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
     config = step.model.config
+    if name == "attend":
+        others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
+        return [other for other in others if holds(other, config.width // config.heads)]
     inner = 4 * config.width if name == "down" else config.width
     tiles = dict.fromkeys(
         tile
@@ -301,6 +306,11 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
         if fits(tile, inner, step.rows, adds=name in ("out", "down"))
     )
     return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]
+
+
+def holds(plan: Plan, head_dim: int) -> bool:
+    """Whether the registers hold what attention fetches before it waits."""
+    return plan.positions * min(64, head_dim) * plan.attention_held <= 160 * 32 * plan.attention_warps
 
 
 def _neighbours(sizes: dict, ladders: dict[str, tuple[int, ...]], pairs: Iterable[frozenset[str]]) -> Iterator[dict]:

@@ -90,9 +90,9 @@ def measure_peers(
         yield from _over_sizes(case, measured, settings, prompts)
 
 
-def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int]]) -> list[dict]:
+def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int]]) -> Iterator[dict]:
     """One case at each batch size, until its time is used up."""
-    rows, told, started = [], [], time.monotonic()
+    started = time.monotonic()
     for batch_size in settings.batch_sizes:
         head = {"case": case, "batch_size": batch_size}
         gc.collect()
@@ -101,19 +101,18 @@ def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int
                 raise UserError(
                     f"not run: the smaller sizes took {spent:.0f} s of the {CASE_SECONDS:.0f} s of this case"
                 )
-            rows.append(head | run(prompts[:batch_size]))
+            row = head | run(prompts[:batch_size])
         except Exception as error:
             # A size that does not fit, or another library that fails, leaves the others their measurement. A fault of this package
             # is no such thing.
             if case in OWN_CASES and not isinstance(error, UserError | torch.OutOfMemoryError):
                 raise
-            rows.append(
-                head | dict.fromkeys(MEASURED) | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-            )
-            continue
-        told.append(f"{batch_size}: {rows[-1]['tokens_per_second']:,.0f}")
-    say("benchmark kv_cache", f"{case}, tokens/s at rows " + ", ".join(told))
-    return rows
+            row = head | dict.fromkeys(MEASURED) | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        rate = row["tokens_per_second"]
+        say(
+            "benchmark kv_cache", f"{case}, {batch_size} rows: " + (f"{rate:,.0f} tokens/s" if rate else row["skipped"])
+        )
+        yield row
 
 
 @contextmanager

@@ -15,7 +15,7 @@ Shapes: R rows, C width, K a product's inner and N its outer size, H heads, KV h
 import triton
 import triton.language as tl
 
-from nanochat.infer.dependent_launch import fetch_lines, start, wait
+from nanochat.infer.dependent_launch import start, wait
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -95,7 +95,8 @@ def attend(
     BLOCK_G: tl.constexpr,  # queries of one head of keys: 1, or padded to a tensor core's tile
     BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,  # fetch before the wait: 0 nothing, 1 the first tile into registers, 2 everything into the L2 cache
+    HELD: tl.constexpr,  # tiles fetched into registers before the wait
+    STAGES: tl.constexpr,  # tiles in flight of those that follow
     PDL: tl.constexpr,
 ):
     """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, KV, SPLITS).
@@ -118,18 +119,12 @@ def attend(
     keys += side
     values += side
     at = t[:, None] * (KV_HEADS * D) + d[None, :]
-    if EARLY == 2 and PDL:
-        LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)  # numbers of a line
-        LINES: tl.constexpr = (D + LINE - 1) // LINE
-        for begin in tl.range(first, last, BLOCK_T):
-            lines = tl.minimum(begin + t, last - 1)[:, None] * (KV_HEADS * D)
-            lines += tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-            fetch_lines(keys + lines)
-            fetch_lines(values + lines)
-    if EARLY == 1:
-        seen = first + t < last
-        k = tl.load(keys + first * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
-        v = tl.load(values + first * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
+    held_k, held_v = (), ()
+    for tile in tl.static_range(HELD):
+        seen = first + tile * BLOCK_T + t < last
+        held_at = (first + tile * BLOCK_T) * (KV_HEADS * D) + at
+        held_k = held_k + (tl.load(keys + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
+        held_v = held_v + (tl.load(values + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
     turn_cos = tl.load(cos + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.load(sin + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.where(d < D // 2, turn_sin, -turn_sin)
@@ -165,11 +160,13 @@ def attend(
     # but what a score needs. With several, tensor cores.
     SUMS: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
     total, mixed = tl.zeros((SUMS,), tl.float32), tl.zeros((SUMS, D), tl.float32)
-    if EARLY == 1:
-        if last > first:
-            total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT, BLOCK_G)
-        first += BLOCK_T
-    for begin in tl.range(first, last, BLOCK_T):
+    for tile in tl.static_range(HELD):
+        begin = first + tile * BLOCK_T
+        if begin < last:
+            total, mixed = _attend_tile(
+                q, held_k[tile], held_v[tile], begin + t < last, total, mixed, SCALE, SHIFT, BLOCK_G
+            )
+    for begin in tl.range(first + HELD * BLOCK_T, last, BLOCK_T, num_stages=STAGES):
         seen = begin + t < last
         k = tl.load(keys + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
         v = tl.load(values + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)

@@ -70,7 +70,8 @@ class Plan:
     head: Tile
     positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
     attention_warps: int
-    attention_early: int  # what of the keys and values is fetched before waiting for the queries, as in `attend`
+    attention_held: int  # tiles of keys and values fetched before waiting for the queries
+    attention_stages: int = 1  # tiles in flight of those that follow
     # How many products before an attention the L2 cache is asked for its keys and values: 1 by its own queries' product, 2 to 4
     # by down, up, out of the layer before; 0: not. So the memory, idle in these short products, works on what comes.
     ahead: int = 0
@@ -89,13 +90,14 @@ def plan_for(rows: int) -> Plan:
         return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, 1)
     if rows <= 16:
         tile = Tile(16, 16, 256, stages=4)
-        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, 0)
+        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, 1)
     if rows <= 32:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
-        return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 1, ahead=3)
-    tile, down = Tile(64, 64, 128, stages=4), Tile(64, 64, 128, splits=4, stages=5)
-    return Plan(tile, tile, tile, down, Tile(128, 128, 64, stages=3, warps=8), 64, 2, 2, ahead=3)
+        return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
+    tile, down = Tile(64, 64, 128, stages=4), Tile(128, 32, 128, splits=4, stages=5)
+    head = Tile(128, 128, 64, stages=3, warps=8)
+    return Plan(tile, tile, tile, down, head, 32, 1, 0, attention_stages=3, ahead=1, ahead_megabytes=16)
 
 
 class FusedStep:
@@ -317,7 +319,8 @@ class FusedStep:
             1 if config.heads == config.kv_heads else max(16, _power_of_two(config.heads // config.kv_heads)),
             max(16, plan.positions * 64 // max(64, self.head_dim)),
             splits,
-            EARLY=plan.attention_early,
+            HELD=plan.attention_held,
+            STAGES=plan.attention_stages,
             **self._launch(plan.attention_warps),
         )
         if splits > 1:

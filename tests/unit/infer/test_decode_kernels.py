@@ -248,11 +248,11 @@ def test_fetching_ahead_changes_nothing(ahead):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 32), (4, 1, 64)])
 @pytest.mark.parametrize(
-    ("splits", "tile", "early", "window"),
-    [(1, 32, 1, 0), (1, 16, 0, 17), (3, 16, 1, 0), (4, 32, 2, 0), (3, 16, 1, 40), (2, 16, 0, 1)],
+    ("splits", "tile", "held", "stages", "window"),
+    [(1, 32, 1, 1, 0), (1, 16, 0, 3, 17), (3, 16, 1, 2, 0), (4, 32, 2, 1, 0), (3, 16, 4, 1, 40), (2, 16, 0, 1, 1)],
 )
 def test_attention_reads_what_is_seen_and_stores_the_new_token(
-    dtype, heads, kv_heads, head_dim, splits, tile, early, window
+    dtype, heads, kv_heads, head_dim, splits, tile, held, stages, window
 ):
     """Rows at the first, the last and other positions, in caches that are NaN where nothing is filled or the window does not
     reach; a halted row stores nothing."""
@@ -275,7 +275,7 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
     parts, totals = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads)
     kernels.attend[(rows, kv_heads, splits)](
         qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, totals.tensor, cos, sin, position, running,
-        position, qkv, length, capacity, qkv[0].numel(), False, window, heads, kv_heads, head_dim, 1 if heads == kv_heads else 16, tile, splits, EARLY=early, num_warps=2, **PDL,
+        position, qkv, length, capacity, qkv[0].numel(), False, window, heads, kv_heads, head_dim, 1 if heads == kv_heads else 16, tile, splits, HELD=held, STAGES=stages, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(rows, heads)](
@@ -365,7 +365,8 @@ SPLIT_PLAN = Plan(
     Tile(16, 32, 64, stages=2),
     positions=32,
     attention_warps=4,
-    attention_early=2,
+    attention_held=2,
+    attention_stages=2,
 )
 
 
