@@ -57,13 +57,14 @@ class Decoder:
             for _ in range(steps):
                 self._step(rows, reach, kind)
             return
-        while steps:
-            together = STEPS_IN_A_ROW if steps >= STEPS_IN_A_ROW else 1
-            key = (rows, reach, kind, together)
+        launches = [STEPS_IN_A_ROW] * (steps // STEPS_IN_A_ROW) + [1] * (steps % STEPS_IN_A_ROW)
+        keys = [(rows, reach, kind, together) for together in launches]
+        # All are captured before the first is replayed: a capture writes to `drawn` too, where a replay has written before.
+        for key in keys:
             if key not in self.steps:
                 self.steps[key] = self._capture(*key)
+        for key in keys:
             self.steps[key].replay()
-            steps -= together
 
     @torch.no_grad()
     def begin(self, logits: Tensor, arrivals: Arrivals, kind: Kind) -> list[int]:

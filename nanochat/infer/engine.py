@@ -218,6 +218,8 @@ class Engine:
     def _accept(job: _Job, tokens: list[int]) -> tuple[list[int], StopReason | None]:
         """Append to the job what it drew up to its end; returns the new ids and why it ended, if it did."""
         new: list[int] = []
+        if tokens[0] < 0:
+            raise RuntimeError("a running row drew no token: it would be waited for forever")
         for token in tokens:
             if token < 0:
                 break

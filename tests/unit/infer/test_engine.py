@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nanochat.config import ADDITIONS
 from nanochat.errors import UserError
+from nanochat.infer import decoder
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.model.attention import KVCache
@@ -121,6 +122,43 @@ def test_bursts_change_nothing(model):
     single, bursts = Engine(model, rows=3), Engine(model, rows=3)
     bursts.burst = 16
     assert single.generate(requests) == bursts.generate(requests)
+
+
+class Replayed:
+    """What stands for a captured graph on a CPU: run once at its capture, as capture does, and at each replay."""
+
+    def __init__(self, work):
+        self.work, self.result = work, work()
+
+    def replay(self) -> None:
+        again = self.work()
+        if again is not None:
+            self.result.copy_(again)
+
+
+@pytest.mark.parametrize("burst", [16, 64])
+def test_captures_change_nothing(model, recomputed, monkeypatch, burst):
+    """Lengths that are no multiple of the steps captured in a row: what is captured in between must not touch what was drawn."""
+    monkeypatch.setattr(decoder, "captured", lambda work, pool: ((graph := Replayed(work)), graph.result))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    engine = Engine(model, rows=3, graphs=True)
+    engine.burst = burst
+    for new in (13, 24, 7, 1, 31):
+        requests = [Request(prompt(5 + i, seed=i), new - i % 2) for i in range(5) if new > i % 2]
+        for request, completion in zip(requests, engine.generate(requests), strict=True):
+            assert completion.ids == recomputed(model, request.prompt, request.max_new_tokens)
+
+
+def test_a_burst_lasts_until_fewer_rows_can_be_decoded(model, monkeypatch):
+    """With nothing to look for on the way: neither do rows idle behind their end, nor does the host look without need."""
+    engine, runs = Engine(model, rows=4), []
+    engine.burst = 2
+    run = engine.decoder.run
+    monkeypatch.setattr(
+        engine.decoder, "run", lambda steps, rows, *more: (runs.append((steps, rows)), run(steps, rows, *more))
+    )
+    engine.generate([Request(prompt(5, seed=n), n) for n in (10, 20, 50, 60)])
+    assert runs == [(19, 4), (30, 2), (10, 1)]
 
 
 def test_seeds_reproduce_and_samples_differ(model):
