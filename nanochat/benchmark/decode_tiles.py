@@ -5,7 +5,7 @@ At each batch size the step is captured and replayed as decoding does it, and ti
 plan           with the tiles of `plan_for`
 without_X      with one kernel left out (of each layer): what the step saves is X's share of it. Since kernels overlap these shares
                may add up to less than the step
-without_ahead  nothing fetched ahead for the attentions to come; less than the step, if that is worth something
+without_ahead  nothing fetched ahead for the attention to come; more than the step, if that is worth something
 improved       with one change of the plan that made it faster, as the search goes on
 tuned          with the best plan found, timed in turns with the first one
 
@@ -33,7 +33,7 @@ from nanochat.model.gpt import GPT
 from nanochat.progress import say
 
 PRODUCTS = ("qkv", "out", "up", "down", "head")
-KERNELS = (*PRODUCTS, "attend", "embed", "finish")
+KERNELS = (*PRODUCTS, "attend", "finish")
 GREEDY = Kind(greedy=True, cut=False, filtered=False)
 SEARCH_SECONDS = 240.0  # at a batch size
 REPLAYS = 12  # of STEPS_IN_A_ROW steps, in one timing
@@ -55,8 +55,7 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "attention_warps": (1, 2, 4, 8),
     "attention_held": (0, 1, 2, 3, 4, 5),
     "attention_stages": (1, 2, 3, 4),
-    "ahead": (0, 1, 2, 3, 4),
-    "ahead_megabytes": (8, 16, 24, 32, 48, 64, 96),
+    "ahead_megabytes": (0, 8, 16, 24, 32, 48),
 }
 # Sizes that are often better changed together: one gives the room that the other needs.
 PAIRS = {
@@ -70,7 +69,6 @@ PAIRS = {
         ("positions", "attention_warps"),
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
-        ("ahead", "ahead_megabytes"),
     )
 }
 
@@ -110,7 +108,7 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
         times = step.times(first, without=name)
         costs[name] = statistics.median(before) - statistics.median(times)
         yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
-    times = step.times(replace(first, ahead=0))
+    times = step.times(replace(first, ahead_megabytes=0))
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
@@ -131,10 +129,6 @@ class PartialStep(FusedStep):
     """A decode step that can leave out one kind of its kernels: then it draws nonsense, in less time."""
 
     without: str | None = None
-
-    def _embed(self, *arguments) -> None:
-        if self.without != "embed":
-            super()._embed(*arguments)
 
     def _attend(self, *arguments) -> None:
         if self.without != "attend":
@@ -221,8 +215,7 @@ class TimedStep:
 
     @torch.no_grad()
     def _steps(self, plan: Plan, count: int) -> None:
-        for _ in range(count):
-            self.step(self.rows, self.splits, GREEDY, plan)
+        self.step(self.rows, self.splits, GREEDY, count, plan)
 
     def _begin(self) -> None:
         state = self.state
@@ -232,7 +225,7 @@ class TimedStep:
         state.remaining.fill_(2**30)
         state.running.fill_(True)
         state.stops.fill_(-1)
-        state.column.fill_(self.step.without == "embed")  # which moves it on
+        state.column.zero_()
 
 
 class _Compiling:

@@ -14,6 +14,11 @@ from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
 
+def send(source: Tensor, target: Tensor) -> None:
+    """Copy from the CPU into a tensor of any device, behind what is queued there and without waiting for it."""
+    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+
+
 @dataclass
 class Rows:
     """The state of R rows on the device."""
@@ -111,9 +116,9 @@ class Arrivals:
         return Arrivals(self.whole.to(device), self.real.to(device))
 
     def copy_(self, other: "Arrivals") -> None:
-        """Become the other, in place."""
-        self.whole.copy_(other.whole)
-        self.real.copy_(other.real)
+        """Become the other, which is on the CPU, in place; does not wait for the device."""
+        send(other.whole, self.whole)
+        send(other.real, self.real)
 
     def padded(self, count: int, slot: int) -> "Arrivals":
         """`count` rows: copies of the last are added, which all go to `slot` and halt at once."""

@@ -3,7 +3,8 @@
 At one row a step is a chain of some sixty small kernels that depend on each other, and what counts is how long the memory idles
 between two of them. So each kernel fuses all that needs no other program's result, and with PDL
 (`dependent_launch`) starts while the one before still runs: what does not depend on that one, the weights and the old keys
-and values, it fetches before it waits. The first kernel of a step is launched without PDL, so that all before it has finished.
+and values, it fetches before it waits. What says which rows run and where they stand is read before waiting too: so a step's first
+product lets its followers start only after its own wait, when the step before has written that.
 
 The stream x between the layers travels with the sums of its squares, one part for each block of columns that was written:
 a norm without gains is one factor a row, which the product's epilogue applies. Nothing is added atomically; what a row gets
@@ -21,13 +22,14 @@ EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["steps", "length"])
 def embed(
     token,  # (R,) int64
+    column,
+    steps,  # that follow until the next call: `column` moves on by so many
     embedding,  # (V, C)
     x,  # (R, C)
     squares,  # (1, R) float32
-    column,
     tokens,  # (rows, L) int64, the cache's            ]
     position,  # (R,) int64                            ]
     running,  # (R,) bool                              ] for SMEAR
@@ -38,30 +40,53 @@ def embed(
     SMEAR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """x = norm(embedding[token]), smeared, and the sums of its squares. One program a row. `column` moves on by one step."""
-    start(PDL)
+    """The stream of the tokens that rows begin with: `_enter`. One program a row; launched without PDL."""
     row = tl.program_id(0)
+    here = tl.load(position + row)
+    alive = tl.load(running + row).to(tl.int1)
+    _enter(
+        tl.load(token + row), row, here, alive, embedding, x, squares, tokens, gate, scale, length, CHANNELS, SMEAR, WIDTH, BLOCK
+    )  # fmt: skip
+    if row == 0:
+        tl.store(column, tl.load(column) + steps)
+
+
+@triton.jit
+def _enter(
+    new,
+    row,
+    here,
+    alive,
+    embedding,
+    x,
+    squares,
+    tokens,
+    gate,
+    scale,
+    length,
+    CHANNELS: tl.constexpr,
+    SMEAR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x = norm(embedding[new]), smeared with the token before position `here`, and the sums of its squares."""
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
-    new = tl.load(token + row)
     rounded = _normed(embedding + new * WIDTH + at, inside, WIDTH)
     if SMEAR:
-        here = tl.minimum(tl.load(position + row), length - 1)
+        here = tl.minimum(here, length - 1)
         place = tokens + row.to(tl.int64) * length + here
         before = _normed(embedding + tl.load(place - 1, mask=here > 0, other=0) * WIDTH + at, inside, WIDTH)
         weights = tl.load(gate + at, mask=at < CHANNELS, other=0.0).to(tl.float32)
         share = tl.load(scale).to(tl.float32) * tl.sigmoid(tl.sum(weights * rounded.to(tl.float32), 0))
         smeared = rounded.to(tl.float32) + tl.where(here > 0, share, 0.0) * before.to(tl.float32)
         rounded = smeared.to(x.dtype.element_ty)
-        if tl.load(running + row).to(tl.int1):
+        if alive:
             tl.store(place, new)
     tl.store(x + row * WIDTH + at, rounded, mask=inside)
     wide = rounded.to(tl.float32)
     tl.store(squares + row, tl.sum(wide * wide, 0))
-    if row == 0:
-        tl.store(column, tl.load(column) + 1)
 
 
 @triton.jit
@@ -211,7 +236,7 @@ def merge(parts, totals, out, capacity, HEADS: tl.constexpr, D: tl.constexpr, SP
     tl.store(out + (row * HEADS + head) * D + d, (mixed / total).to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["blocks", "burst"])
+@triton.jit(do_not_specialize=["blocks", "burst", "behind", "length"])
 def finish(
     best,  # (R, blocks) float32
     index,  # (R, blocks) int32
@@ -222,13 +247,26 @@ def finish(
     running,
     stops,
     drawn,
-    column,  # (1,) int64, one behind where to write: `embed` has moved it
+    column,  # (1,) int64, `behind` columns behind where to write: `embed` has moved it
     blocks,
     burst,  # columns of drawn
+    behind,
+    embedding,  # as `embed` has them, for GOES_ON
+    x,
+    squares,
+    tokens,
+    gate,
+    scale,
+    length,
     STOPS: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
     BLOCKS: tl.constexpr,  # power of two, at least `blocks`
     GIVEN: tl.constexpr,
+    GOES_ON: tl.constexpr,  # another step follows: what `embed` does for it is done here
+    CHANNELS: tl.constexpr,
+    SMEAR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`decode.advance`, and before it the best of each row's blocks unless GIVEN. One program a row."""
@@ -237,9 +275,11 @@ def finish(
     stop_at = tl.arange(0, BLOCK_STOPS)
     alive = tl.load(running + row).to(tl.int1)
     left = tl.load(remaining + row) - 1
+    here = tl.load(position + row)
+    old = tl.load(token + row)
     stop_ids = tl.load(stops + row * STOPS + stop_at, mask=stop_at < STOPS, other=-1)
     wait(PDL)
-    write = tl.load(column) - 1
+    write = tl.load(column) - behind
     if GIVEN:
         new = tl.load(given + row)
     else:
@@ -248,9 +288,15 @@ def finish(
         # Blocks stand in the order of their columns, so the first of equals is the first column again.
         new = tl.load(index + row * blocks + tl.argmax(bests, 0)).to(tl.int64)
     tl.store(drawn + row * burst + write, tl.where(alive, new, -1))
+    stopped = (tl.max((stop_ids == new).to(tl.int32), 0) > 0) | (left <= 0)
     if alive:
-        stopped = (tl.max((stop_ids == new).to(tl.int32), 0) > 0) | (left <= 0)
         tl.store(token + row, new)
-        tl.store(position + row, tl.load(position + row) + 1)
+        tl.store(position + row, here + 1)
         tl.store(remaining + row, left)
         tl.store(running + row, ~stopped)
+    if GOES_ON:
+        new = tl.where(alive, new, old)
+        here = tl.where(alive, here + 1, here)
+        _enter(
+            new, row, here, alive & ~stopped, embedding, x, squares, tokens, gate, scale, length, CHANNELS, SMEAR, WIDTH, BLOCK
+        )  # fmt: skip

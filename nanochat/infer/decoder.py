@@ -54,8 +54,7 @@ class Decoder:
         reach = self.fused.splits(rows, length) if self.fused else length
         self.rows.column.zero_()
         if self.pool is None:
-            for _ in range(steps):
-                self._step(rows, reach, kind)
+            self._run(rows, reach, kind, steps)
             return
         launches = [STEPS_IN_A_ROW] * (steps // STEPS_IN_A_ROW) + [1] * (steps % STEPS_IN_A_ROW)
         keys = [(rows, reach, kind, together) for together in launches]
@@ -67,10 +66,10 @@ class Decoder:
             self.steps[key].replay()
 
     @torch.no_grad()
-    def begin(self, logits: Tensor, arrivals: Arrivals, kind: Kind) -> list[int]:
-        """`decode.begin` for arrivals from the CPU; waits for what is drawn."""
+    def begin(self, logits: Tensor, arrivals: Arrivals, kind: Kind) -> Tensor:
+        """`decode.begin` for arrivals from the CPU; does not wait for the device."""
         if self.pool is None:
-            return begin(self.rows, logits, arrivals.to(logits.device), kind).tolist()
+            return begin(self.rows, logits, arrivals.to(logits.device), kind)
         if logits.data_ptr() != self.logits.data_ptr():
             self.logits[: len(logits)].copy_(logits)
         count = len(arrivals)
@@ -83,12 +82,14 @@ class Decoder:
         graph, inputs, drawn = self.beginnings[key]
         inputs.copy_(padded)
         graph.replay()
-        return drawn[:count].tolist()
+        return drawn[:count].clone()  # the next replay overwrites it
 
-    def _step(self, rows: int, reach: int, kind: Kind) -> None:
+    def _run(self, rows: int, reach: int, kind: Kind, steps: int) -> None:
+        """Launch that many steps."""
         if self.fused:
-            self.fused(rows, reach, kind)
-        else:
+            self.fused(rows, reach, kind, steps)
+            return
+        for _ in range(steps):
             decode_step(self.model, self.cache.sliced(rows=rows, length=reach), self.rows.first(rows), kind)
 
     def _capture(self, rows: int, reach: int, kind: Kind, steps: int) -> torch.cuda.CUDAGraph:
@@ -97,11 +98,7 @@ class Decoder:
         self.rows.running.zero_()
         self.rows.column.zero_()
 
-        def some_steps() -> None:
-            for _ in range(steps):
-                self._step(rows, reach, kind)
-
-        graph, _ = captured(some_steps, self.pool)
+        graph, _ = captured(lambda: self._run(rows, reach, kind, steps), self.pool)
         self.rows.running.copy_(running)
         self.rows.column.copy_(column)
         return graph

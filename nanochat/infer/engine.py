@@ -156,22 +156,29 @@ class Engine:
         for job in jobs:
             by_prompt.setdefault(tuple(job.request.prompt), []).append(job)
         prompts = [list(prompt) for prompt in by_prompt]
+        started = []
         for batch in self.prefill.batches(prompts):
             sharing = [[(free.pop(0), job) for job in by_prompt[tuple(prompts[i])]] for i in batch]
             logits = self.prefill([prompts[i] for i in batch], [[slot for slot, _ in group] for group in sharing])
             taken = [(source, slot, job) for source, group in enumerate(sharing) for slot, job in group]
             slots.update({slot: job for _, slot, job in taken})
-            yield from self._harvest(slots, self._start(taken, logits))
+            started.append((taken, self._start(taken, logits)))
+        for taken, drawn in started:  # all passes are under way before the first is waited for
+            yield from self._harvest(slots, self._first_tokens(taken, drawn))
 
-    def _start(self, taken: list[tuple[int, int, _Job]], logits: Tensor) -> dict[int, list[int]]:
-        """Draw the next token of rows (source in the logits (P, V), slot, job) and set them running; as `_decode` returns them."""
+    def _start(self, taken: list[tuple[int, int, _Job]], logits: Tensor) -> Tensor:
+        """Draw the next token of rows (source in the logits (P, V), slot, job) and set them running: (n,) int64, not waited for."""
         rows = []
         for source, slot, job in taken:
             stops = [*job.request.stop_ids, *([self._special("python_end")] if job.request.calculator else [])]
             sampling = job.request.sampling(job.sample)
             rows.append((source, slot, job.position + 1, job.remaining - 1, stops, sampling))
-        drawn = self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken))
-        return {slot: [token] for (_, slot, _), token in zip(taken, drawn, strict=True)}
+        return self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken))
+
+    @staticmethod
+    def _first_tokens(taken: list[tuple[int, int, _Job]], drawn: Tensor) -> dict[int, list[int]]:
+        """What `_start` has drawn, as `_decode` returns it."""
+        return {slot: [token] for (_, slot, _), token in zip(taken, drawn.tolist(), strict=True)}
 
     def _decode(self, slots: dict[int, _Job], waiting: bool) -> dict[int, list[int]]:
         """Run a burst of steps; what each row drew, -1 behind its end. `waiting`: jobs wait for a row."""
@@ -206,7 +213,8 @@ class Engine:
                         job.ids += forced
                         new += forced
                         logits = self.prefill.extend(slot, job.ids[-len(forced) - 1 :], first)
-                        again |= self._start([(0, slot, job)], logits)
+                        taken = [(0, slot, job)]
+                        again |= self._first_tokens(taken, self._start(taken, logits))
                     else:
                         reason = "length"
                 if reason is not None:
@@ -217,16 +225,15 @@ class Engine:
     @staticmethod
     def _accept(job: _Job, tokens: list[int]) -> tuple[list[int], StopReason | None]:
         """Append to the job what it drew up to its end; returns the new ids and why it ended, if it did."""
-        new: list[int] = []
         if tokens[0] < 0:
             raise RuntimeError("a running row drew no token: it would be waited for forever")
-        for token in tokens:
-            if token < 0:
-                break
-            if token in job.request.stop_ids:
-                return new, "stop"
-            new.append(token)
-            job.ids.append(token)
+        new = tokens[: tokens.index(-1)] if tokens[-1] < 0 else tokens  # -1 stands behind a row's end
+        stops = job.request.stop_ids
+        stop = next((i for i, token in enumerate(new) if token in stops), None) if stops else None
+        new = new[:stop]
+        job.ids += new
+        if stop is not None:
+            return new, "stop"
         return new, "length" if job.remaining <= 0 else None
 
     def _tool_output(self, job: _Job) -> list[int]:

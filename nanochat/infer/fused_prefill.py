@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.infer.decode import send
 from nanochat.infer.decoder import Decoder, captured
 from nanochat.model.additions import before
 from nanochat.model.kernels import causal_attention, norm
@@ -49,7 +50,7 @@ class FusedPrefill:
                 inputs = said.to(self.logits.device)
                 self.captured[count, width] = captured(lambda: self._forward(inputs), self.pool)[0], inputs
             graph, inputs = self.captured[count, width]
-            inputs.copy_(said)
+            send(said, inputs)
             graph.replay()
         return self.logits[: len(prompts)]
 

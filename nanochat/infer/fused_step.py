@@ -72,10 +72,9 @@ class Plan:
     attention_warps: int
     attention_held: int  # tiles of keys and values fetched before waiting for the queries
     attention_stages: int = 1  # tiles in flight of those that follow
-    # How many products before an attention the L2 cache is asked for its keys and values: 1 by its own queries' product, 2 to 4
-    # by down, up, out of the layer before; 0: not. So the memory, idle in these short products, works on what comes.
-    ahead: int = 0
-    ahead_megabytes: int = 32  # of all rows together; what is fetched must still be there when it is read
+    # Of the keys and values, of all rows together, that the L2 cache is asked for by the product before attention, which leaves
+    # the memory idle. In the products before that one it was slower: what comes is gone again when it is read, or in the way.
+    ahead_megabytes: int = 0
 
 
 def plan_for(rows: int) -> Plan:
@@ -95,9 +94,9 @@ def plan_for(rows: int) -> Plan:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
         return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
-    tile, down = Tile(64, 64, 128, stages=4), Tile(128, 32, 128, splits=4, stages=5)
-    head = Tile(128, 128, 64, stages=3, warps=8)
-    return Plan(tile, tile, tile, down, head, 32, 1, 0, attention_stages=3, ahead=1, ahead_megabytes=16)
+    tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
+    down = Tile(64, 64, 128, splits=4, stages=5) if rows <= 64 else Tile(128, 32, 128, splits=4, stages=5)
+    return Plan(tile, tile, tile, down, head, 32, 1, 0, ahead_megabytes=16)
 
 
 class FusedStep:
@@ -160,23 +159,24 @@ class FusedStep:
             splits *= 2
         return splits
 
-    def __call__(self, rows: int, splits: int, kind: Kind, plan: Plan | None = None) -> None:
-        """decode_step of the first `rows` rows."""
+    def __call__(self, rows: int, splits: int, kind: Kind, steps: int = 1, plan: Plan | None = None) -> None:
+        """decode_step of the first `rows` rows, `steps` times."""
         plan, state = plan or plan_for(rows), self.state.first(rows)
+        self._embed(state, rows, steps)
+        for behind in range(steps, 0, -1):
+            self._step(state, rows, splits, kind, plan, behind)
+
+    def _step(self, state: Rows, rows: int, splits: int, kind: Kind, plan: Plan, behind: int) -> None:
+        """From the embedded tokens to the new ones; the last but `behind` - 1 of several, of which the next one's are embedded too."""
         products, width = self.products, self.width
-        self._embed(state, rows)
         parts = 1
         most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
         for layer, (qkv, out, up, down, embedding) in enumerate(self.layers):
-            # The attention whose keys and values each product asks for.
-            later = {plan.ahead: layer + 1} if plan.ahead > 1 and layer + 1 < len(self.layers) else {}
-            own = layer if plan.ahead == 1 or (plan.ahead and layer == 0) else None
-            ahead = [self._ahead(rows, plan, attention) for attention in (own, *map(later.get, (4, 3, 2)))]
-            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts, ahead[0])
+            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts, (plan, layer))
             self._attend(rows, splits, plan, layer, qkv.size(0), embedding, self.windows[layer])
-            parts = self._add(rows, plan.out, self.attended, out, ahead[1])
-            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts, ahead[2])
-            parts = self._add(rows, plan.down, self.hidden, down, ahead[3])
+            parts = self._add(rows, plan.out, self.attended, out)
+            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts)
+            parts = self._add(rows, plan.down, self.hidden, down)
         given = None
         if kind.cut:
             logits = self._part("logits", self.capacity, self.config.vocab_size)
@@ -185,36 +185,47 @@ class FusedStep:
         else:
             epilogue = products.ARGMAX if kind.greedy else products.DRAW
             self._matmul(rows, plan.head, self.x, self.head, self.best, epilogue, parts, most_parts)
-        self._finish(state, rows, plan, given)
+        self._finish(state, rows, plan, given, behind)
 
-    def _embed(self, state: Rows, rows: int) -> None:
-        smear, cache = self.smear, self.cache
-        smeared = (
-            (cache.tokens, state.position, state.running, smear.gate.weight, smear.scale) if smear else [self.x] * 5
-        )
+    def _embed(self, state: Rows, rows: int, steps: int) -> None:
+        tokens, *smear = self._smear()
         self.kernels.embed[(rows,)](
             state.token,
+            state.column,
+            steps,
             self.embedding,
             self.x,
             self.squares,
-            state.column,
-            *smeared,
-            cache.length,
-            smear.gate.in_features if smear else 0,
-            smear is not None,
-            self.width,
-            _power_of_two(self.width),
-            PDL=0,
+            tokens,
+            state.position,
+            state.running,
+            *smear,
+            **self._entered(),
         )
 
-    def _ahead(self, rows: int, plan: Plan, layer: int | None) -> tuple[int, int] | None:
-        """(layer, pieces of each row) for a product that asks for that layer's keys and values."""
-        if layer is None or not self.pdl:
-            return None
+    def _smear(self) -> tuple:
+        """What `embed` and `finish` are told of it: the cache's tokens, gate, scale, length."""
+        smear, cache = self.smear, self.cache
+        if smear is None:
+            return self.x, self.x, self.x, cache.length
+        return cache.tokens, smear.gate.weight, smear.scale, cache.length
+
+    def _entered(self) -> dict:
+        """Sizes of the same."""
+        return {
+            "CHANNELS": self.smear.gate.in_features if self.smear else 0,
+            "SMEAR": self.smear is not None,
+            "WIDTH": self.width,
+            "BLOCK": _power_of_two(self.width),
+        }
+
+    def _pieces(self, rows: int, plan: Plan, layer: int) -> int:
+        """How many pieces of each row's keys and values the product before that layer's attention asks for."""
+        if not self.pdl:
+            return 0
         keys = self.cache.keys[layer]
         piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * keys.element_size()
-        pieces = min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
-        return (layer, pieces) if pieces else None
+        return min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
 
     def _matmul(
         self,
@@ -226,10 +237,11 @@ class FusedStep:
         epilogue,
         parts: int,
         most_parts: int,
-        ahead: tuple[int, int] | None = None,
+        before: tuple[Plan, int] | None = None,
     ) -> None:
-        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed. ahead: of `_ahead`."""
-        layer, pieces = ahead or (0, 0)
+        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed. before: the attention of that layer comes next."""
+        layer = before[1] if before else 0
+        pieces = self._pieces(rows, *before) if before else 0
         outer, inner = weight.shape
         tile = tile.fitted(inner)
         blocks = -(-outer // tile.n)
@@ -272,12 +284,13 @@ class FusedStep:
             AHEAD=AHEAD_POSITIONS if pieces else 0,
             KEY_NUMBERS=self.config.kv_heads * self.head_dim,
             THREADS=32 * tile.warps,
-            **self._launch(tile.warps),
+            # What follows a step's first product reads before its own wait what the step before has written.
+            **self._launch(tile.warps, late=before is not None and layer == 0),
         )
 
-    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor, ahead: tuple[int, int] | None) -> int:
+    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
         """The stream += x @ weight.T; returns how many parts the sums of squares have."""
-        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1, ahead)
+        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1)
         return -(-self.width // tile.n)
 
     def _attend(
@@ -328,7 +341,7 @@ class FusedStep:
                 out, totals, self.attended, self.capacity, config.heads, self.head_dim, splits, **self._launch(1)
             )
 
-    def _finish(self, state: Rows, rows: int, plan: Plan, given: Tensor | None) -> None:
+    def _finish(self, state: Rows, rows: int, plan: Plan, given: Tensor | None, behind: int) -> None:
         blocks = -(-self.config.vocab_size // plan.head.n)
         self.kernels.finish[(rows,)](
             self.best,
@@ -343,16 +356,23 @@ class FusedStep:
             state.column,
             blocks,
             state.drawn.stride(0),
+            behind,
+            self.embedding,
+            self.x,
+            self.squares,
+            *self._smear(),
             state.stops.size(1),
             _power_of_two(state.stops.size(1)),
             _power_of_two(blocks),
             GIVEN=given is not None,
+            GOES_ON=behind > 1,
+            **self._entered(),
             **self._launch(4),
         )
 
-    def _launch(self, warps: int) -> dict:
+    def _launch(self, warps: int, late: bool = False) -> dict:
         """Launch options; the kernels' own switch and the launcher's go together."""
-        return {"num_warps": warps, "PDL": self.pdl} | ({"launch_pdl": True} if self.pdl else {})
+        return {"num_warps": warps, "PDL": self.pdl * (1 + late)} | ({"launch_pdl": True} if self.pdl else {})
 
     def _part(self, name: str, *shape: int) -> Tensor:
         """A float32 buffer that only some plans need, allocated at its first use (before a capture: the step is run first)."""

@@ -223,10 +223,9 @@ def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, windo
 
 
 @pytest.mark.skipif(not PDL["PDL"], reason="needs a Hopper GPU")
-@pytest.mark.parametrize("ahead", [1, 2, 3, 4])
-def test_fetching_ahead_changes_nothing(ahead):
+def test_fetching_ahead_changes_nothing():
     model, steps = tiny(torch.float16, depth=3), []
-    for plan in (SPLIT_PLAN, replace(SPLIT_PLAN, ahead=ahead), replace(SPLIT_PLAN, ahead=ahead, ahead_megabytes=1)):
+    for plan in (SPLIT_PLAN, replace(SPLIT_PLAN, ahead_megabytes=32)):
         cache, state = (
             KVCache(model.config, 3, 160, torch.device(DEVICE), torch.float16),
             Rows.empty(3, 8, torch.device(DEVICE)),
@@ -238,8 +237,7 @@ def test_fetching_ahead_changes_nothing(ahead):
         state.running.fill_(True)
         step = FusedStep(model, cache, state)
         with torch.no_grad():
-            for _ in range(8):
-                step(3, 1, Kind(True, False, False), plan)
+            step(3, 1, Kind(True, False, False), 8, plan)
         steps.append([state.drawn, *cache.tensors()])
     for found in steps[1:]:
         assert all(torch.equal(one, other) for one, other in zip(steps[0], found, strict=True))
@@ -315,10 +313,12 @@ def test_the_noise_is_that_of_the_torch_sampler():
     assert torch.allclose(out, gumbel(seed, draw, 256), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_finish_is_advance(given):
-    """Rows that stop by a token, by their length, not at all, and that had halted before."""
-    rows, blocks = 6, 5
+@pytest.mark.parametrize(("given", "goes_on"), [(False, False), (True, False), (False, True), (True, True)])
+def test_finish_is_advance(given, goes_on):
+    """Rows that stop by a token, by their length, not at all, and that had halted before. When another step follows, what `embed` does."""
+    rows, blocks, behind = 6, 5, 3 if goes_on else 1
+    embedding, gate, scale = random(30, 24, seed=2), random(8, seed=3), random(1, seed=4)
+    smear = {"CHANNELS": 8, "SMEAR": True, "WIDTH": 24, "BLOCK": 32}
     best, index = random(rows, blocks, seed=1), torch.arange(rows * blocks, device=DEVICE).view(rows, blocks).int()
     best[2, 1] = best[2, 3] = 9.0  # of equals the first
     drawn = index.gather(1, best.argmax(1, keepdim=True))[:, 0].long()
@@ -335,11 +335,25 @@ def test_finish_is_advance(given):
     expected, found = state(), state()
     expected.column.fill_(2)
     advance(expected, drawn)
-    found.column.fill_(3)  # `embed` has moved it
+    found.column.fill_(2 + behind)  # `embed` has moved it
+    x, squares, tokens = (
+        [torch.zeros(rows, n, device=DEVICE).to(dtype) for _ in range(2)]
+        for n, dtype in ((24, torch.float32), (1, torch.float32), (60, torch.int64))
+    )
     kernels.finish[(rows,)](
         best, index, drawn if given else index, found.token, found.position, found.remaining, found.running, found.stops,
-        found.drawn, found.column, blocks, 4, found.stops.size(1), 16, 8, GIVEN=given, **PDL,
+        found.drawn, found.column, blocks, 4, behind, embedding, x[0], squares[0], tokens[0], gate, scale, 60,
+        found.stops.size(1), 16, 8, GIVEN=given, GOES_ON=goes_on, **smear, **PDL,
     )  # fmt: skip
+    assert int(found.column) == 2 + behind
+    found.column.fill_(3)
+    if goes_on:
+        kernels.embed[(rows,)](
+            expected.token, expected.column.clone(), 1, embedding, x[1], squares[1], tokens[1], expected.position, expected.running,
+            gate, scale, 60, **smear,
+        )  # fmt: skip
+    for one, other in (x, squares, tokens):
+        assert torch.equal(one, other)
     for name in ("token", "position", "remaining", "running", "drawn", "column"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
@@ -374,7 +388,7 @@ SPLIT_PLAN = Plan(
 @pytest.mark.parametrize("plan", [None, SPLIT_PLAN], ids=["few rows", "parts"])
 @pytest.mark.parametrize(("splits", "additions"), [(1, ADDITIONS), (2, ADDITIONS), (2, ())])
 def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
-    """Same draws, same state, the same keys in the cache, greedy, drawn and filtered."""
+    """Same draws, same state, the same keys in the cache, greedy, drawn and filtered; several steps at once and one."""
     dtype = torch.float16 if ON_GPU else torch.float32
     model, rows = tiny(dtype, additions=additions), 3
     caches, states = [], []
@@ -387,7 +401,7 @@ def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
         state = Rows.empty(rows, 8, torch.device(DEVICE))
         state.token.copy_(torch.tensor([5, 17, 80]))
         state.position.copy_(torch.tensor([0, 40, 131]))
-        state.remaining.fill_(20)
+        state.remaining.copy_(torch.tensor([20, 2, 20]))  # one halts on the way
         state.running.fill_(True)
         settings = (
             [Sampling()] * 3
@@ -401,12 +415,14 @@ def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
     with torch.no_grad():
         for _ in range(4):
             decode_step(model, caches[0], states[0], kind)
-            fused(rows, splits, kind, plan)
+        fused(rows, splits, kind, 3, plan)
+        fused(rows, splits, kind, 1, plan)
     assert torch.equal(states[0].drawn, states[1].drawn)
     for name in ("token", "position", "remaining", "running", "column"):
         assert torch.equal(getattr(states[0], name), getattr(states[1], name)), name
-    for one, other in zip(caches[0].tensors(), caches[1].tensors(), strict=True):
-        assert close(one, other.double(), torch.bfloat16 if ON_GPU else torch.float32)
+    for row, filled in enumerate(states[0].position.tolist()):  # behind that the model writes for a row that has halted
+        for one, other in zip(caches[0].tensors(), caches[1].tensors(), strict=True):
+            assert close(one[row, :filled], other[row, :filled].double(), torch.bfloat16 if ON_GPU else torch.float32)
 
 
 @pytest.mark.skipif(ON_GPU, reason="in float32 the engine on a GPU does not use the kernels")
