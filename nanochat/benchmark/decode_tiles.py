@@ -9,7 +9,7 @@ without_ahead  nothing fetched ahead for the attention to come; more than the st
 improved       with one change of the plan that made it faster, as the search goes on
 tuned          with the best plan found, timed in turns with the first one
 
-The search changes one tile at a time, one or two of its sizes at a time, keeps what is faster by more than the noise, and ends
+The search changes one tile at a time, one or two of its sizes at a time or all to those of another number of rows, keeps what is faster by more than the noise, and ends
 where no such change is left, or when its time is used up. A plan whose kernels compute something else is not taken.
 """
 
@@ -40,6 +40,13 @@ REPLAYS = 12  # of STEPS_IN_A_ROW steps, in one timing
 GAIN = 0.004  # of the step's time: less is noise
 LARGEST_ERROR = 0.02  # of the stream, relative, between two plans in bfloat16
 COMPILERS = 14  # threads
+OTHER_ROWS = (
+    1,
+    16,
+    32,
+    64,
+    93,
+)  # whose tiles are tried too: what they differ in may be too much for single changes to find
 
 SIZES: dict[str, tuple[int, ...]] = {
     "m": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -292,10 +299,13 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
         return [other for other in others if holds(other, config.width // config.heads)]
     inner = 4 * config.width if name == "down" else config.width
+    neighbours = [
+        replace(getattr(plan, name), **changed) for changed in _neighbours(vars(getattr(plan, name)), SIZES, PAIRS)
+    ]
+    elsewhere = [getattr(plan_for(rows), name) for rows in OTHER_ROWS]
     tiles = dict.fromkeys(
         tile
-        for changed in _neighbours(vars(getattr(plan, name)), SIZES, PAIRS)
-        for tile in [_mended(replace(getattr(plan, name), **changed)).fitted(inner)]
+        for tile in (_mended(tile).fitted(inner) for tile in (*neighbours, *elsewhere))
         if fits(tile, inner, step.rows, adds=name in ("out", "down"))
     )
     return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]

@@ -8,7 +8,9 @@ from nanochat.hardware import PREFILL_ROWS
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
 
-__all__ = ["PREFILL_ROWS", "engine_bytes", "row_bytes", "rows_that_fit"]
+MOST_PROMPTS = 128  # of a pass that needs no scratch cache
+
+__all__ = ["MOST_PROMPTS", "PREFILL_ROWS", "engine_bytes", "row_bytes", "rows_that_fit"]
 
 
 def row_bytes(config: "GPTConfig", length: int, itemsize: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanochat.infer.capacity import PREFILL_ROWS
+from nanochat.infer.capacity import MOST_PROMPTS, PREFILL_ROWS
 from nanochat.infer.decode import Arrivals, Rows, begin, decode_step
 from nanochat.infer.fused_step import FusedStep
 from nanochat.infer.sampling import Kind
@@ -42,7 +42,7 @@ class Decoder:
         self.steps: dict[tuple[int, int, Kind, int], torch.cuda.CUDAGraph] = {}
         self.beginnings: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Arrivals, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        prompts = min(cache.rows, PREFILL_ROWS)
+        prompts = min(cache.rows, MOST_PROMPTS if kernels else PREFILL_ROWS)
         self.logits = torch.zeros(
             prompts, model.config.vocab_size, device=model.device
         )  # of the newest prompts, float32
@@ -56,7 +56,8 @@ class Decoder:
         if self.pool is None:
             self._run(rows, reach, kind, steps)
             return
-        launches = [STEPS_IN_A_ROW] * (steps // STEPS_IN_A_ROW) + [1] * (steps % STEPS_IN_A_ROW)
+        # Single steps first: the device works on them while the host launches the others, each of which takes it longer.
+        launches = [1] * (steps % STEPS_IN_A_ROW) + [STEPS_IN_A_ROW] * (steps // STEPS_IN_A_ROW)
         keys = [(rows, reach, kind, together) for together in launches]
         # All are captured before the first is replayed: a capture writes to `drawn` too, where a replay has written before.
         for key in keys:

@@ -1,7 +1,7 @@
 """Whole prompts at once, captured: the counterpart of `fused_step` for the first pass.
 
 Eagerly a pass over a short prompt takes the host far longer to launch than the GPU to run. Here prompts are padded to a few shapes,
-each of which is captured at its first use. Padding stands behind a prompt, where causal attention does not see it; keys and
+each of which is captured at its second use: a shape that comes but once is not worth it. Padding stands behind a prompt, where causal attention does not see it; keys and
 values go straight to the rows of the engine's cache.
 """
 
@@ -13,10 +13,21 @@ from torch import Tensor
 from nanochat.infer.decode import send
 from nanochat.infer.decoder import Decoder, captured
 from nanochat.model.additions import before
-from nanochat.model.kernels import causal_attention, norm
+from nanochat.model.kernels import causal_attention, norm, seen
 from nanochat.model.loss import softcapped_logits
 
 RELU_BLOCK = 1024
+
+
+def width_of(length: int, longest: int) -> int:
+    """Tokens that prompts of up to `length` are padded to, at most `longest`: four sizes between a power of two and the next."""
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
+    return min(-(-length // step) * step, longest)
+
+
+def count_of(prompts: int, most: int) -> int:
+    """Prompts that a pass of so many is filled up to, at most `most`: a power of two, from 16 on a multiple of 16."""
+    return min(most, 1 << (prompts - 1).bit_length() if prompts <= 16 else -(-prompts // 16) * 16)
 
 
 class FusedPrefill:
@@ -27,6 +38,7 @@ class FusedPrefill:
         from nanochat.infer import prefill_kernels
 
         self.kernels, self.step, self.logits, self.pool = prefill_kernels, decoder.fused, decoder.logits, decoder.pool
+        self.seen: set[tuple[int, int]] = set()
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
@@ -38,13 +50,14 @@ class FusedPrefill:
         """
         count, graphs = len(prompts), self.pool is not None
         if graphs:
-            count = min(len(self.logits), 1 << (count - 1).bit_length())
+            count = count_of(count, len(self.logits))
         # A row of padding alone has no tokens to store; its logits are of nothing and read by nobody.
         empty = [[0] * width + [0, 0]] * (count - len(prompts))
         rows = [[*p, *[0] * (width - len(p)), len(p), slot] for p, slot in zip(prompts, slots, strict=True)] + empty
         said = torch.from_numpy(np.array(rows, dtype=np.int64))  # a quarter of the time that torch.tensor takes
-        if not graphs:
+        if not graphs or (count, width) not in self.seen:
             self._forward(said.to(self.logits.device))
+            self.seen.add((count, width))
         else:
             if (count, width) not in self.captured:
                 inputs = said.to(self.logits.device)
@@ -90,13 +103,23 @@ class FusedPrefill:
                 1 << (heads + 2 * kv_heads - 1).bit_length(),
             )
             queries, keys, values = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)  # (P, H, T, D)
-            attended = causal_attention(queries, keys, values, step.windows[layer])
-            x = torch.addmm(x, attended.transpose(1, 2).reshape(count * width, -1), out.T)
+            window = step.windows[layer]
+            if layer + 1 == len(step.layers):
+                # Nothing needs what this layer makes of the tokens before the last.
+                last = (lengths - 1).clamp_min(0)
+                own = torch.arange(count, device=x.device)
+                x, queries = x.view(count, width, -1)[own, last], queries[own, :, last].unsqueeze(2)
+                mask = seen(last[:, None], torch.arange(width, device=x.device), window)[:, None, None]
+                attended = F.scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads
+                )
+            else:
+                attended = causal_attention(queries, keys, values, window)
+            x = torch.addmm(x, attended.transpose(1, 2).reshape(len(x), -1), out.T)
             hidden = F.linear(norm(x), up)
             self.kernels.squared_relu_[(-(-hidden.numel() // RELU_BLOCK),)](hidden, RELU_BLOCK, hidden.numel())
             x = torch.addmm(x, hidden, down.T)
-        last = x.view(count, width, -1)[torch.arange(count, device=x.device), (lengths - 1).clamp_min(0)]
-        self.logits[:count] = softcapped_logits(norm(last), step.head, config.logit_softcap)
+        self.logits[:count] = softcapped_logits(norm(x), step.head, config.logit_softcap)
 
     def _store(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Put the prompts' tokens (P, T) into the cache; padding changes nothing there."""

@@ -78,24 +78,27 @@ class Plan:
 
 
 def plan_for(rows: int) -> Plan:
-    """The fastest of those measured on an H100 at 12 x 768, before tiles had lanes and parts were added by the product itself.
+    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 16, 32, 64 and 93 rows; for 1 of a search before it.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
     """
-    if rows <= 4:
+    if rows <= 2:
         m = _power_of_two(rows)
         wide = Tile(m, 16, 256)
         return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, 1)
     if rows <= 16:
-        tile = Tile(16, 16, 256, stages=4)
-        return Plan(tile, tile, tile, Tile(16, 16, 256, stages=6), Tile(16, 64, 256, stages=3), 64, 4, 1)
+        tile, down = Tile(16, 16, 256, stages=4), Tile(16, 8, 512, stages=6, warps=2, lanes=2)
+        return Plan(tile, tile, tile, down, Tile(16, 64, 256, stages=3), 64, 4, 1, attention_stages=3)
     if rows <= 32:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
         return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
     tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
-    down = Tile(64, 64, 128, splits=4, stages=5) if rows <= 64 else Tile(128, 32, 128, splits=4, stages=5)
+    if rows <= 64:
+        down = Tile(64, 32, 128, splits=3, stages=6)
+        return Plan(tile, tile, tile, down, head, 64, 2, 0, ahead_megabytes=16)
+    down = Tile(128, 32, 128, splits=4, stages=5)
     return Plan(tile, tile, tile, down, head, 32, 1, 0, ahead_megabytes=16)
 
 

@@ -8,7 +8,8 @@ Where the kernels serve (`fused_prefill`), prompts without such a prefix go stra
 import torch
 from torch import Tensor
 
-from nanochat.infer.fused_prefill import FusedPrefill
+from nanochat.infer.capacity import MOST_PROMPTS
+from nanochat.infer.fused_prefill import FusedPrefill, width_of
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
@@ -37,7 +38,7 @@ class Prefill:
     """Computes keys, values and last logits of prompts."""
 
     def __init__(self, model: GPT, cache: KVCache, rows: int, tokens: int, fused: FusedPrefill | None = None):
-        """cache: of the engine; rows: prompts at a time at most; tokens: in one pass at most, which bounds the activations."""
+        """cache: of the engine; rows: of the scratch cache; tokens: in one pass at most, which bounds the activations."""
         self.model, self.cache, self.rows, self.length, self.tokens = model, cache, rows, cache.length, tokens
         self.fused = fused
         arguments = (self.length, model.device, model.compute_dtype)
@@ -59,9 +60,10 @@ class Prefill:
     def batches(self, prompts: list[list[int]]) -> list[list[int]]:
         """Which prompts (indices) go into one pass: similar lengths together, since all are as long as the longest."""
         result: list[list[int]] = []
+        most, padded = (MOST_PROMPTS, width_of) if self.fused and not self.prefix else (self.rows, bucket)
         for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-            width = bucket(len(prompts[result[-1][0]]), self.length) if result else 0
-            fits = result and len(result[-1]) < self.rows and (len(result[-1]) + 1) * width <= self.tokens
+            width = padded(len(prompts[result[-1][0]]), self.length) if result else 0
+            fits = result and len(result[-1]) < most and (len(result[-1]) + 1) * width <= self.tokens
             result[-1].append(index) if fits else result.append([index])
         return result
 
@@ -73,7 +75,7 @@ class Prefill:
         """
         longest = max(len(prompt) for prompt in prompts)
         if self.fused and not self.prefix and longest <= self.tokens:
-            logits = self.fused(prompts, [some[0] for some in slots], bucket(longest, self.length))
+            logits = self.fused(prompts, [some[0] for some in slots], width_of(longest, self.length))
             self._copy(self.cache, slots, [some[0] for some in slots], longest, skip=1)
             return logits
         logits = self._through_scratch(prompts, longest)
