@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.benchmark.timing import repeat, spread
+from nanochat.benchmark.timing import device_seconds_of, spread
 from nanochat.model.gpt import GPTConfig
 from nanochat.model.kernels import causal_attention, window_blocks
 from nanochat.progress import say
@@ -30,7 +30,7 @@ BACKENDS = {
 }
 WINDOW_PARTS = (1, 2, 4)  # of the length; 1: no window
 ROWS = {"cuda": 32, "cpu": 4}  # where no plan is given
-REPEATS, BUDGET_SECONDS = 30, 5.0
+REPEATS, IN_A_ROW = 10, 5
 PASSES = 3.5  # matrix products of forward and backward, in forwards: 2 and 5
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,10 +62,8 @@ def measure(
             head = {"case": case, "batch_size": rows, "sequence_length": length, "window": window}
             try:
                 times = _times(attend, sides, gradient, device)
-            except (
-                Exception
-            ) as error:  # a backend that does not serve this device, or does not fit, leaves the others theirs
-                torch._dynamo.reset()
+            except Exception as error:
+                # A backend that does not serve this device, or does not fit, leaves the others their measurement.
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 yield head | {"ms": None, "spread": None, "flops_per_second": None, "skipped": why}
                 continue
@@ -117,9 +115,11 @@ def _varlen(window: int | None) -> Attend:
 
 
 def _times(attend: Attend, sides: list[Tensor], gradient: Tensor, device: torch.device) -> list[float]:
-    """Seconds of forward and backward."""
+    """Seconds of forward and backward, on the device."""
 
     def work() -> None:
         torch.autograd.grad(attend(*sides), sides, gradient)
 
-    return repeat(work, device, REPEATS, BUDGET_SECONDS, warmup=3)
+    for _ in range(3):
+        work()
+    return [device_seconds_of(work, device, IN_A_ROW) for _ in range(REPEATS)]

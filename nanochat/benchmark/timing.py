@@ -8,6 +8,8 @@ import torch
 
 from nanochat.hardware import synchronize
 
+CYCLES_PER_SECOND = 2e9  # of a GPU, about
+
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """How long one call takes, until the device has finished it."""
@@ -16,6 +18,21 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def device_seconds_of(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """What one of `times` calls in a row takes on the device, however slowly the host launches them."""
+    if device.type != "cuda":
+        return seconds_of(lambda: [work() for _ in range(times)], device) / times
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    launching = seconds_of(lambda: [work() for _ in range(times)], device)
+    torch.cuda._sleep(int(1.5 * launching * CYCLES_PER_SECOND))  # until the host has launched all of it
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    synchronize(device)
+    return begin.elapsed_time(end) / 1000 / times
 
 
 def repeat(

@@ -1,8 +1,8 @@
 """Whole prompts at once, captured: the counterpart of `fused_step` for the first pass.
 
-Eagerly a pass over a short prompt takes the host far longer to launch than the GPU to run. Here prompts are padded to a few shapes,
-each of which is captured at its second use: a shape that comes but once is not worth it. Padding stands behind a prompt, where causal attention does not see it; keys and
-values go straight to the rows of the engine's cache.
+Eagerly a pass over a short prompt takes the host far longer to launch than the GPU to run. Here prompts are padded to a few
+shapes, each of which is captured at its second use: one that comes but once is not worth it. Padding stands behind a prompt,
+where causal attention does not see it; keys and values go straight to the rows of the engine's cache.
 """
 
 import numpy as np
