@@ -62,6 +62,7 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "attention_warps": (1, 2, 4, 8),
     "attention_held": (0, 1, 2, 3, 4, 5),
     "attention_stages": (1, 2, 3, 4),
+    "attention_registers": (0, 112, 96, 128, 80, 64),  # those most likely to help next to no limit
     "ahead_megabytes": (0, 8, 16, 24, 32, 48),
 }
 # Sizes that are often better changed together: one gives the room that the other needs.
@@ -76,6 +77,7 @@ PAIRS = {
         ("positions", "attention_warps"),
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
+        ("attention_held", "attention_registers"),
     )
 }
 

@@ -72,6 +72,9 @@ class Plan:
     attention_warps: int
     attention_held: int  # tiles of keys and values fetched before waiting for the queries
     attention_stages: int = 1  # tiles in flight of those that follow
+    attention_registers: int = (
+        0  # a thread may use, so that more programs wait side by side; 0: as many as the compiler likes
+    )
     # Of the keys and values, of all rows together, that the L2 cache is asked for by the product before attention, which leaves
     # the memory idle. In the products before that one it was slower: what comes is gone again when it is read, or in the way.
     ahead_megabytes: int = 0
@@ -337,6 +340,7 @@ class FusedStep:
             splits,
             HELD=plan.attention_held,
             STAGES=plan.attention_stages,
+            **({"maxnreg": plan.attention_registers} if plan.attention_registers else {}),
             **self._launch(plan.attention_warps),
         )
         if splits > 1:
