@@ -15,7 +15,8 @@ run: install
 	@echo "The whole report: $(RESULTS)/report.md"
 
 test: install
-	$(BIN)/pytest -m "not cluster and not gpu"
+	$(BIN)/pytest -m "not cluster and not gpu" --numprocesses 2 --dist loadfile tests/unit
+	$(BIN)/pytest -m "not cluster and not gpu" --ignore tests/unit
 	@echo "Not run here: the tests on a real SLURM (make test-cluster) and those on a GPU (pytest -m gpu)."
 
 test-cluster: install

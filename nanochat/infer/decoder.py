@@ -16,7 +16,7 @@ from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 
-STEPS_IN_A_ROW = 8
+STEPS_IN_A_ROW = 16
 
 
 def captured(work: Callable[[], Tensor | None], pool) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
