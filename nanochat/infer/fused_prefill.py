@@ -78,10 +78,12 @@ class FusedPrefill:
             x = step.smear(x, before(x))
             self._store(tokens, lengths, slots)
         x = x.view(count * width, -1)
+        sizes = {"WIDTH": config.width, "BLOCK_WIDTH": 1 << (config.width - 1).bit_length()}
         for layer, (qkv, out, up, down, embedding) in enumerate(step.layers):
-            projected = F.linear(norm(x), qkv)  # (P T, (H + 2 KV) D)
+            projected = F.linear(x, qkv)  # (P T, (H + 2 KV) D), norm's factor still to come
             turned = x.new_empty(count, width, heads + 2 * kv_heads, head_dim)
             self.kernels.turn[(width, count)](
+                x,
                 projected,
                 turned,
                 step.cache.keys[layer],
@@ -101,6 +103,7 @@ class FusedPrefill:
                 kv_heads,
                 head_dim,
                 1 << (heads + 2 * kv_heads - 1).bit_length(),
+                **sizes,
             )
             queries, keys, values = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)  # (P, H, T, D)
             window = step.windows[layer]
@@ -115,10 +118,10 @@ class FusedPrefill:
                 )
             else:
                 attended = causal_attention(queries, keys, values, window)
-            x = torch.addmm(x, attended.transpose(1, 2).reshape(len(x), -1), out.T)
-            hidden = F.linear(norm(x), up)
-            self.kernels.squared_relu_[(-(-hidden.numel() // RELU_BLOCK),)](hidden, RELU_BLOCK, hidden.numel())
-            x = torch.addmm(x, hidden, down.T)
+            x.addmm_(attended.transpose(1, 2).reshape(len(x), -1), out.T)  # out of place it would copy x first
+            hidden = F.linear(x, up)
+            self.kernels.squared_relu_[(len(x),)](hidden, x, hidden.size(1), RELU_BLOCK, **sizes)
+            x.addmm_(hidden, down.T)
         self.logits[:count] = softcapped_logits(norm(x), step.head, config.logit_softcap)
 
     def _store(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> None:

@@ -34,10 +34,9 @@ class Request:
         """Why it cannot be served by a cache of `length` positions, with what would be right; None when it can."""
         if len(self.prompt) == 0:
             return "prompt: empty. Give at least one token, <|bos|> for instance"
-        if outside := [token for token in self.prompt if not 0 <= token < vocab_size]:
-            return (
-                f"prompt: token id {outside[0]} is outside the vocabulary of {vocab_size:,} (0 to {vocab_size - 1:,})"
-            )
+        if min(self.prompt) < 0 or max(self.prompt) >= vocab_size:
+            outside = next(token for token in self.prompt if not 0 <= token < vocab_size)
+            return f"prompt: token id {outside} is outside the vocabulary of {vocab_size:,} (0 to {vocab_size - 1:,})"
         if self.max_new_tokens < 1:
             return f"max_new_tokens = {self.max_new_tokens}: must be 1 or more"
         if self.samples < 1:
