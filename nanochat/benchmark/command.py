@@ -38,6 +38,7 @@ from nanochat.benchmark import (
     compile,
     decode_tiles,
     first_token,
+    float8,
     kv_cache,
     plans,
     roofline,
@@ -60,7 +61,8 @@ from nanochat.train.trainer import wants_compile
 from nanochat.version import commit
 
 NAMES = (
-    "training", "compile", "trainer", "attention", "batch_size", "plans", "kv_cache", "decode_tiles", "first_token", "ablation"
+    "training", "compile", "trainer", "attention", "batch_size", "plans", "kv_cache", "decode_tiles", "first_token", "float8",
+    "ablation",
 )  # fmt: skip
 FIRST_TOKEN_PROMPT = "The state of our Union is"
 FIRST_TOKEN_SAMPLES = 4096
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case",
         action="append",
         default=[],
-        help="trainer, plans, ablation, attention: only this row (d12, d12_t2048, chosen); training: this stage or row (sft, study_compiled); "
+        help="trainer, plans, ablation, attention, float8: only this row (d12, d12_t2048, chosen); training: this stage or row (sft, study_compiled); "
         "kv_cache: this row or fact (cache_graph, mixed); decode_tiles: this batch size",
     )
     parser.add_argument(
@@ -120,6 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         "training": run_training,
         "compile": run_compile,
         "attention": run_attention,
+        "float8": run_float8,
         "kv_cache": run_kv_cache,
         "decode_tiles": run_decode_tiles,
         "first_token": run_first_token,
@@ -214,6 +217,18 @@ def run_attention(
     dtype = hardware.resolve_dtype(settings.dtype, device)
     measured = attention.measure(shape, rows, device, dtype, compiles, arguments.case)
     return measured, {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.width // shape.heads}
+
+
+def run_float8(
+    settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
+) -> tuple[Iterable[dict], dict]:
+    """Rows and facts of float8.json; without settings, of 20 layers as `trainer` measures them."""
+    if not arguments.config and device.type == "cuda":
+        changed = {"model": Model(depth=20), "sequence_length": trainer.LENGTH, "vocab_size": trainer.VOCAB_SIZE}
+        settings = settings.model_copy(update=changed)
+    shape = GPTConfig.from_settings(settings.model, settings.vocab_size, settings.sequence_length)
+    rows = rows_of_the_plan(arguments) or (trainer.DEPTHS.get(shape.depth, 32) if device.type == "cuda" else 1)
+    return float8.measure(shape, rows, device, arguments.case), {"depth": shape.depth, "width": shape.width}
 
 
 def rows_of_the_plan(arguments: argparse.Namespace) -> int | None:

@@ -35,6 +35,8 @@ COLUMNS = {
     "mfu peak_memory_bytes spread gpu_utilization used_bytes",
     "kv_cache": "case batch_size tokens_per_second ms_per_step floor_fraction outputs_equal predicted_tokens_per_second",
     "first_token": "case samples distinct chi2 p_value",
+    "attention": "case batch_size sequence_length window ms spread flops_per_second",
+    "float8": "case tokens outer inner bfloat16_ms float8_ms cast_ms gain_ms error",
 }
 
 
@@ -166,6 +168,14 @@ def test_a_case_that_there_is_none_of_is_named_and_nothing_written(tmp_path, cap
     assert main(["benchmark", "trainer", *where, "--case", "d3"]) == 2
     assert "--case d3: there is no such row" in capsys.readouterr().err
     assert not (tmp_path / "trainer.json").exists()
+    assert main(["benchmark", "kv-cache", *where, "--case", "cache_egaer"]) == 2
+    assert "--case cache_egaer: there is no such row" in capsys.readouterr().err
+    assert not (tmp_path / "kv_cache.json").exists()
+
+
+def test_a_case_of_decoding_is_measured_alone(tmp_path):
+    rows = measure("kv_cache", tmp_path, "--case", "cache_eager")["rows"]
+    assert [(row["case"], row["batch_size"]) for row in rows] == [("cache_eager", 1), ("cache_eager", 3)]
 
 
 @pytest.mark.slow
