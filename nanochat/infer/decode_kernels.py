@@ -99,7 +99,7 @@ def _normed(source, inside, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attend(
     qkv,  # (R, STRIDE): H + 2 KV heads of D; GATED: then KV gates
-    keys,  # (rows, L, KV, D), one row's memory in one piece
+    keys,  # (rows, L, KV, D), as KVCache lays them out: (rows, KV, L, D) in memory
     values,
     out,  # (R, H, D); SPLITS > 1: (SPLITS, capacity, H, D) float32, not normalised
     totals,  # SPLITS > 1: (SPLITS, capacity, H) float32, sums of exponentials
@@ -140,14 +140,14 @@ def attend(
     chunk = tl.cdiv(tl.cdiv(filled - oldest, SPLITS), BLOCK_T) * BLOCK_T
     first = oldest + split * chunk
     last = tl.minimum(first + chunk, filled)
-    side = (row.to(tl.int64) * length * KV_HEADS + head) * D
+    side = (row.to(tl.int64) * KV_HEADS + head) * length * D
     keys += side
     values += side
-    at = t[:, None] * (KV_HEADS * D) + d[None, :]
+    at = t[:, None] * D + d[None, :]
     held_k, held_v = (), ()
     for tile in tl.static_range(HELD):
         seen = first + tile * BLOCK_T + t < last
-        held_at = (first + tile * BLOCK_T) * (KV_HEADS * D) + at
+        held_at = (first + tile * BLOCK_T) * D + at
         held_k = held_k + (tl.load(keys + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
         held_v = held_v + (tl.load(values + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
     turn_cos = tl.load(cos + here * (D // 2) + d % (D // 2)).to(tl.float32)
@@ -176,8 +176,8 @@ def attend(
     SHIFT: tl.constexpr = SCALE * D - 15.0 if SCALE * D > 15.0 else 0.0
     owner = split == 0
     if owner & alive:
-        tl.store(keys + here * (KV_HEADS * D) + d, new_k)
-        tl.store(values + here * (KV_HEADS * D) + d, new_v)
+        tl.store(keys + here * D + d, new_k)
+        tl.store(values + here * D + d, new_v)
     p = tl.exp2(tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE - SHIFT)  # (BLOCK_G,)
     new_share = tl.where(owner, p, 0.0)
     new_mixed = tl.where(owner, new_share[:, None] * new_v.to(tl.float32)[None, :], 0.0)
@@ -193,8 +193,8 @@ def attend(
             )
     for begin in tl.range(first + HELD * BLOCK_T, last, BLOCK_T, num_stages=STAGES):
         seen = begin + t < last
-        k = tl.load(keys + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
-        v = tl.load(values + begin * (KV_HEADS * D) + at, mask=seen[:, None], other=0.0)
+        k = tl.load(keys + begin * D + at, mask=seen[:, None], other=0.0)
+        v = tl.load(values + begin * D + at, mask=seen[:, None], other=0.0)
         total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT, BLOCK_G)
     if BLOCK_G == 1:
         total, mixed = tl.sum(total, 0)[None], tl.sum(mixed, 0)[None, :]

@@ -54,7 +54,7 @@ def fetch_ranges(at, size):
 
 @triton.jit
 def fetch_filled(
-    keys,  # (rows, L, NUMBERS), of the attention to come
+    keys,  # (rows, KV, L, D) in memory, of the attention to come
     values,
     position,  # (R,) int64
     running,  # (R,) bool
@@ -64,30 +64,32 @@ def fetch_filled(
     window,
     program,
     programs,
-    NUMBERS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
     PIECE: tl.constexpr,  # 0: nothing is asked for
     THREADS: tl.constexpr,  # of a program: each asks for a piece or two
 ):
-    """Ask the L2 cache for what `attend` will read: of each row the first `pieces` of PIECE positions. Each program for its share."""
+    """Ask the L2 cache for what `attend` will read: of each row's heads the first `pieces` of PIECE positions. Each program for its share."""
     if PIECE:
         SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
-        for begin in tl.range(0, tl.cdiv(rows * pieces, programs), THREADS):
+        for begin in tl.range(0, tl.cdiv(rows * KV_HEADS * pieces, programs), THREADS):
             piece = (begin + tl.arange(0, THREADS)) * programs + program
-            row, first, count = piece_of(piece, position, running, length, rows, pieces, window, PIECE)
-            at = (row.to(tl.int64) * length + first) * NUMBERS
-            size = count * (NUMBERS * SIZE)
+            head, first, count = piece_of(piece, position, running, length, rows, pieces, window, KV_HEADS, PIECE)
+            at = (head.to(tl.int64) * length + first) * D
+            size = count * (D * SIZE)
             fetch_ranges((keys + at).to(tl.int64), size)
             fetch_ranges((values + at).to(tl.int64), size)
 
 
 @triton.jit
-def piece_of(piece, position, running, length, rows, pieces, window, PIECE: tl.constexpr):
-    """The row of a piece, its first position and how many it has, int32; none where there is nothing to read."""
-    row = piece // pieces
-    inside = row < rows
-    row = tl.minimum(row, rows - 1)
+def piece_of(piece, position, running, length, rows, pieces, window, KV_HEADS: tl.constexpr, PIECE: tl.constexpr):
+    """Of a piece the head, counted through all rows, its first position and how many it has, int32; none where there is nothing to read."""
+    head = piece // pieces
+    inside = head < rows * KV_HEADS
+    head = tl.minimum(head, rows * KV_HEADS - 1)
+    row = head // KV_HEADS
     here = tl.minimum(tl.load(position + row, mask=inside, other=0), length - 1).to(tl.int32)
     alive = tl.load(running + row, mask=inside, other=0).to(tl.int1)
     oldest = tl.where(window > 0, tl.maximum(here - (window - 1), 0), 0)
     first = oldest + piece % pieces * PIECE
-    return row, first, tl.where(alive, tl.minimum(tl.maximum(here - first, 0), PIECE), 0)
+    return head, first, tl.where(alive, tl.minimum(tl.maximum(here - first, 0), PIECE), 0)

@@ -18,7 +18,7 @@ from nanochat.model.gpt import GPT, Block
 
 GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
-AHEAD_POSITIONS = 8  # of a piece that one thread asks for
+AHEAD_POSITIONS = 16  # of a head, in a piece that one thread asks for
 
 
 def unusable(model: GPT) -> str | None:
@@ -288,7 +288,8 @@ class FusedStep:
             PARTS=most_parts,
             EPILOGUE=epilogue.value,
             AHEAD=AHEAD_POSITIONS if pieces else 0,
-            KEY_NUMBERS=self.config.kv_heads * self.head_dim,
+            KV_HEADS=self.config.kv_heads,
+            D=self.head_dim,
             THREADS=32 * tile.warps,
             # What follows a step's first product reads before its own wait what the step before has written.
             **self._launch(tile.warps, late=before is not None and layer == 0),

@@ -23,7 +23,7 @@ def turn(
     x,  # (P, T, WIDTH), the stream
     qkv,  # (P, T, STRIDE), its product: H + 2 KV heads of D; GATED: then KV gates
     turned,  # (P, T, H + 2 KV, D): queries and keys, turned and normed, and values
-    keys,  # (rows, L, KV, D), the engine's cache
+    keys,  # (rows, L, KV, D), the engine's cache, (rows, KV, L, D) in memory
     values,
     cos,  # (positions, D / 2)
     sin,
@@ -70,9 +70,9 @@ def turn(
     target = turned + token.to(tl.int64) * (HEADS + 2 * KV_HEADS) * D + head * D + d
     tl.store(target, tl.where(is_value, value, rounded), mask=here)
     if t < tl.load(lengths + prompt * stride):
-        place = (tl.load(rows + prompt * stride) * length + t) * KV_HEADS * D + d
-        tl.store(keys + place + (head - HEADS) * D, rounded, mask=is_key)
-        tl.store(values + place + (head - HEADS - KV_HEADS) * D, value, mask=is_value)
+        first = tl.load(rows + prompt * stride) * KV_HEADS - HEADS + head  # of the row's heads of keys
+        tl.store(keys + (first * length + t) * D + d, rounded, mask=is_key)
+        tl.store(values + ((first - KV_HEADS) * length + t) * D + d, value, mask=is_value)
 
 
 @triton.jit

@@ -59,7 +59,8 @@ def matmul(
     PARTS: tl.constexpr,  # power of two, at least `parts`
     EPILOGUE: tl.constexpr,
     AHEAD: tl.constexpr,  # positions of a piece; 0: nothing is fetched for the attention to come
-    KEY_NUMBERS: tl.constexpr,  # of a position: KV D
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -80,7 +81,8 @@ def matmul(
         for step in tl.static_range(STEPS):
             held = held + (tl.load(w_at + step * BLOCK_K, mask=inside[:, None], other=0.0).to(tl.float32),)  # noqa: RUF005
         fetch_filled(
-            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
+            THREADS,
         )  # fmt: skip
         wait(PDL)
         for m in tl.static_range(BLOCK_M):
@@ -117,7 +119,8 @@ def matmul(
             for step in tl.static_range(STEPS):
                 held = held + (tl.load(w_at + step * BLOCK_K, mask=w_there, other=0.0),)  # noqa: RUF005
             fetch_filled(
-                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
+                THREADS,
             )  # fmt: skip
             wait(PDL)
             sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
@@ -131,7 +134,8 @@ def matmul(
                 tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
                 fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
             fetch_filled(
-                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KEY_NUMBERS, AHEAD, THREADS
+                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
+                THREADS,
             )  # fmt: skip
             wait(PDL)
             sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)

@@ -42,7 +42,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens seen so far, one tensor per layer and side.
 
-    keys[l], values[l]  (rows, length, kv_heads, head_dim)
+    keys[l], values[l]  (rows, length, kv_heads, head_dim), in memory a head's positions next to each other: what reads one head of
+                        a row reads one piece
     tokens              (rows, length) int64, what they are of; of a model with smear, None of others
 
     One tensor each, because a compiled step that writes into a view of one big tensor copies all of it at every layer.
@@ -50,11 +51,13 @@ class KVCache:
     """
 
     def __init__(self, config: "GPTConfig", rows: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (rows, length, config.kv_heads, config.width // config.heads)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        shape = (rows, config.kv_heads, length, config.width // config.heads)
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(config.depth)]
+            for _ in range(2)
+        )
         smeared = "smear" in config.additions
-        self.tokens = torch.zeros(shape[:2], device=device, dtype=torch.int64) if smeared else None
+        self.tokens = torch.zeros((rows, length), device=device, dtype=torch.int64) if smeared else None
 
     def tensors(self) -> list[Tensor]:
         """All of them: (rows, length, ...)."""

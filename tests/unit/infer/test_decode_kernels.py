@@ -33,7 +33,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]  # numpy has no bfloat16
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 PDL = {"PDL": 1, "launch_pdl": True} if ON_GPU and torch.cuda.get_device_capability() >= (9, 0) else {"PDL": 0}
-NOTHING_AHEAD = {"AHEAD": 0, "KEY_NUMBERS": 16, "THREADS": 32}
+NOTHING_AHEAD = {"AHEAD": 0, "KV_HEADS": 1, "D": 16, "THREADS": 32}
 CANARY = 7.0
 VOCAB = 97
 
@@ -195,31 +195,34 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
 
 
 @triton.jit
-def _pieces(out, position, running, length, rows, pieces, window, PIECE: tl.constexpr, COUNT: tl.constexpr):
+def _pieces(
+    out, position, running, length, rows, pieces, window, HEADS: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr
+):
     piece = tl.arange(0, COUNT)
-    row, first, count = dependent_launch.piece_of(piece, position, running, length, rows, pieces, window, PIECE)
-    tl.store(out + piece, row.to(tl.int32))
+    head, first, count = dependent_launch.piece_of(piece, position, running, length, rows, pieces, window, HEADS, PIECE)
+    tl.store(out + piece, head.to(tl.int32))
     tl.store(out + COUNT + piece, first)
     tl.store(out + 2 * COUNT + piece, count)
 
 
 @pytest.mark.parametrize(("pieces", "window"), [(5, 0), (3, 0), (5, 9), (2, 9), (1, 1)])
 def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, window):
-    """Of each running row the positions that `attend` reads, up to the limit, once each; nothing else of the cache."""
-    length, size, count = 40, 8, 32
+    """Of each head of a running row the positions that `attend` reads, up to the limit, once each; nothing else of the cache."""
+    length, heads, size, count = 40, 3, 8, 128
     positions, running = [0, 1, 17, 39, 55], [True, True, True, True, False]
     found = torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
     _pieces[(1,)](
         found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), pieces,
-        window, size, count,
+        window, heads, size, count,
     )  # fmt: skip
-    read: dict[int, list[int]] = {row: [] for row in range(len(positions))}
-    for row, first, many in found.T.tolist():
-        read[row] += range(first, first + many)
-    for row, here in enumerate(positions):
-        here = min(here, length - 1)
+    read: dict[int, list[int]] = {head: [] for head in range(len(positions) * heads)}
+    for head, first, many in found.T.tolist():
+        read[head] += range(first, first + many)
+    for head, positions_read in read.items():
+        row = head // heads
+        here = min(positions[row], length - 1)
         seen = range(max(0, here - window + 1) if window else 0, here if running[row] else 0)
-        assert read[row] == list(seen)[: pieces * size]
+        assert positions_read == list(seen)[: pieces * size]
 
 
 @pytest.mark.skipif(not PDL["PDL"], reason="needs a Hopper GPU")
@@ -262,13 +265,14 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
     position = torch.tensor(places, device=DEVICE)
     running = torch.ones(rows, dtype=torch.bool, device=DEVICE)
     running[halted] = False
-    keys, values = (Guarded(rows, length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    keys, values = (Guarded(rows, kv_heads, length, head_dim, dtype=dtype) for _ in range(2))
+    all_keys, all_values = (side.tensor.transpose(1, 2) for side in (keys, values))
     for row, filled in enumerate(places):
-        for side, seed in ((keys, 2), (values, 3)):
-            side.tensor[row, :filled] = random(filled, kv_heads, head_dim, seed=seed + 10 * row, dtype=dtype)
+        for side, seed in ((all_keys, 2), (all_values, 3)):
+            side[row, :filled] = random(filled, kv_heads, head_dim, seed=seed + 10 * row, dtype=dtype)
             if window:
-                side.tensor[row, : max(0, filled - window + 1)] = float("nan")
-    before = keys.tensor.clone()
+                side[row, : max(0, filled - window + 1)] = float("nan")
+    before = all_keys.clone()
     out = Guarded(rows, heads, head_dim, dtype=dtype)
     parts, totals = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads)
     kernels.attend[(rows, kv_heads, splits)](
@@ -285,13 +289,13 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
     turned = turned * (turned.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     for row, filled in enumerate(places):
         if row == halted:
-            assert torch.equal(keys.tensor[row].nan_to_num(), before[row].nan_to_num())
+            assert torch.equal(all_keys[row].nan_to_num(), before[row].nan_to_num())
             continue
         seen = slice(max(0, filled - window + 1) if window else 0, filled + 1)
-        k, v = (side.tensor[row, seen].double() for side in (keys, values))  # (T, KV, D)
+        k, v = (side[row, seen].double() for side in (all_keys, all_values))  # (T, KV, D)
         assert close(k[-1], turned[row, heads : heads + kv_heads], dtype)
         assert torch.equal(v[-1], qkv[row, heads + kv_heads :].double())
-        assert keys.tensor[row, filled + 1 :].isnan().all()
+        assert all_keys[row, filled + 1 :].isnan().all()
         group = heads // kv_heads
         scores = torch.einsum("hd,thd->ht", turned[row, :heads], k.repeat_interleave(group, 1)) * head_dim**-0.5
         expected = torch.einsum("ht,thd->hd", scores.softmax(-1), v.repeat_interleave(group, 1))
