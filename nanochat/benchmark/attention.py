@@ -63,7 +63,10 @@ def measure(
             try:
                 times = _times(attend, sides, gradient, device)
             except Exception as error:
-                # A backend that does not serve this device, or does not fit, leaves the others their measurement.
+                # A backend that does not serve this device, or does not fit, leaves the others their measurement. A fault of this
+                # package is no such thing.
+                if case == "chosen" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 yield head | {"ms": None, "spread": None, "flops_per_second": None, "skipped": why}
                 continue

@@ -274,7 +274,7 @@ def run_kv_cache(
             if row["case"] == "cache_graph" and row["tokens_per_second"]:
                 reached.append(row["tokens_per_second"] / row["predicted_tokens_per_second"])
             yield row
-        fraction = statistics.median(reached) if reached else 1.0
+        fraction = statistics.median(reached) if reached else 1.0  # on a CPU, or without that case, the roofline itself
         facts["projections"] = roofline.projections(model, own.batch_sizes, *lengths, fraction)
         if device.type == "cuda":
             facts.update(serving.measure(model, rates, settings.seed, arguments.case))

@@ -9,12 +9,14 @@ without_ahead  nothing fetched ahead for the attention to come; more than the st
 improved       with one change of the plan that made it faster, as the search goes on
 tuned          with the best plan found, timed in turns with the first one
 
-The search changes one tile at a time, one or two of its sizes at a time or all to those of another number of rows, keeps what is faster by more than the noise, and ends
-where no such change is left, or when its time is used up. A plan whose kernels compute something else is not taken.
+The search changes one tile at a time, one or two of its sizes at a time or all to those of another number of rows, keeps what
+is faster by more than the noise, and ends where no such change is left, or when its time is used up. A plan whose kernels compute
+something else is not taken. Plans that do not run, too large for the device for one, are counted in `failed`, by what they raised.
 """
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,13 +42,8 @@ REPLAYS = 12  # of STEPS_IN_A_ROW steps, in one timing
 GAIN = 0.004  # of the step's time: less is noise
 LARGEST_ERROR = 0.02  # of the stream, relative, between two plans in bfloat16
 COMPILERS = 14  # threads
-OTHER_ROWS = (
-    1,
-    16,
-    32,
-    64,
-    93,
-)  # whose tiles are tried too: what they differ in may be too much for single changes to find
+# Of the plans whose tiles are tried too: what they differ in may be too much for single changes to find.
+OTHER_ROWS = (1, 16, 32, 64, 93)
 
 SIZES: dict[str, tuple[int, ...]] = {
     "m": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -126,7 +123,14 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
             yield row("improved", [took], kernel=name, plan=repr(plan))
     turns = [(step.times(first), step.times(plan)) for _ in range(3)]
     again, after = ([took for times in side for took in times] for side in zip(*turns, strict=True))
-    yield row("tuned", after, plan=repr(plan), first_microseconds=1e6 * statistics.median(again), tried=search.tried)
+    yield row(
+        "tuned",
+        after,
+        plan=repr(plan),
+        first_microseconds=1e6 * statistics.median(again),
+        tried=search.tried,
+        failed=dict(search.failed),
+    )
     say(
         "benchmark decode_tiles",
         f"{rows} rows: {1e6 * statistics.median(again):.1f} to {1e6 * statistics.median(after):.1f} us a step "
@@ -264,7 +268,7 @@ class Search:
     def __init__(self, step: TimedStep, plan: Plan, seconds: float, deadline: float):
         """seconds: of the plan's step; deadline: of time.monotonic()."""
         self.step, self.plan, self.seconds, self.deadline = step, plan, seconds, deadline
-        self.tried = 0
+        self.tried, self.failed = 0, Counter[str]()
         self.known: set[Plan] = {plan}
 
     def improve(self, name: str) -> Iterator[tuple[Plan, float]]:
@@ -280,8 +284,11 @@ class Search:
                 self.tried += 1
                 try:
                     took = statistics.median(self.step.times(plan))
-                except Exception:
-                    continue  # too large for the device, or for the compiler, or wrong
+                except torch.AcceleratorError:
+                    raise  # after it nothing runs on this device any more
+                except Exception as error:  # of the compiler, of the launch, of `check`: each has its own
+                    self.failed[type(error).__name__] += 1
+                    continue
                 if best is None or took < best[0]:
                     best = took, plan
             if best is None or best[0] > (1 - GAIN) * self.seconds:

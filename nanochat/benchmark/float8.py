@@ -29,7 +29,7 @@ MEASURED = ("bfloat16_ms", "float8_ms", "cast_ms", "gain_ms", "error")
 
 def measure(config: GPTConfig, rows: int, device: torch.device, only: Collection[str] = ()) -> Iterator[dict]:
     """The rows of float8.json, for a micro-batch of `rows`; only: of the cases these alone, empty: all."""
-    tokens, total = rows * config.sequence_length, dict.fromkeys(MEASURED[:-1], 0.0)
+    tokens, total, complete = rows * config.sequence_length, dict.fromkeys(MEASURED[:-1], 0.0), not only
     for case, (outer, inner) in products(config).items():
         if only and case not in only:
             continue
@@ -38,13 +38,14 @@ def measure(config: GPTConfig, rows: int, device: torch.device, only: Collection
             row |= _measured(tokens, outer, inner, device)
         except (RuntimeError, NotImplementedError) as error:  # this device, or this build of torch, has no such product
             yield row | dict.fromkeys(MEASURED) | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            complete = False
             continue
         for name in total:
             total[name] += row[name] * (1 if case == "head" else config.depth)
         said = ", ".join(f"{name.removesuffix('_ms')} {row[name]:.2f}" for name in total)
         say("benchmark float8", f"{case}, ms of {tokens:,} tokens: {said}")
         yield row
-    if not only and total["bfloat16_ms"]:
+    if complete:
         yield {"case": "all", "tokens": tokens, "outer": None, "inner": None} | total | {"error": None}
 
 

@@ -114,32 +114,26 @@ def matmul(
             x_at, x_there = x + row[None, :, None] * K + k, there[None, :, None]
             w_at, w_there = weight + column.to(tl.int64)[None, :, None] * K + k, inside[None, :, None]
             total = tl.zeros((LANES, BLOCK_M, BLOCK_N), tl.float32)
+        held = ()
         if STAGES == 0:
-            held = ()
             for step in tl.static_range(STEPS):
                 held = held + (tl.load(w_at + step * BLOCK_K, mask=w_there, other=0.0),)  # noqa: RUF005
-            fetch_filled(
-                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
-                THREADS,
-            )  # fmt: skip
-            wait(PDL)
-            sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
-            before = _before(out, row, column, there, inside, N, EPILOGUE)
+        elif PDL:
+            SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+            tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
+            fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
+        fetch_filled(
+            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
+            THREADS,
+        )  # fmt: skip
+        wait(PDL)
+        sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
+        before = _before(out, row, column, there, inside, N, EPILOGUE)
+        if STAGES == 0:
             for step in tl.static_range(STEPS):
                 some = tl.load(x_at + step * BLOCK_K, mask=x_there, other=0.0)
                 total = _multiplied(some, held[step], total, LANES)
         else:
-            if PDL:
-                SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-                tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
-                fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
-            fetch_filled(
-                ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
-                THREADS,
-            )  # fmt: skip
-            wait(PDL)
-            sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
-            before = _before(out, row, column, there, inside, N, EPILOGUE)
             for step in tl.range(0, STEPS, num_stages=STAGES):
                 some = tl.load(x_at + step * BLOCK_K, mask=x_there, other=0.0)
                 tile = tl.load(w_at + step * BLOCK_K, mask=w_there, other=0.0)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with tor
 from nanochat.infer import decoder, fused_prefill
 from nanochat.infer.engine import Engine
 from nanochat.infer.fused_prefill import count_of, width_of
-from tests.unit.infer.test_decode_kernels import FAILS, ON_GPU, VOCAB, tiny
+from tests.unit.infer.kernels_here import FAILS, ON_GPU, VOCAB, tiny
 from tests.unit.infer.test_engine import Replayed
 
 
