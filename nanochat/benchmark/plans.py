@@ -5,8 +5,10 @@ d8_t512 ... d20_t2048    one GPU, 524,288 tokens a step; with settings, the one 
 seconds_cold        the search with empty compilers' caches and nothing measured before
 seconds_warm        the same once more: compiled before, measured anew
 seconds_cached      the same once more, everything measured before
-largest_fits        whether `max_device_batch_size` rows ran within the limit; larger_fits: whether 3% more did, so that the maximum
-                    was named too small. Both are probes as the search makes them
+largest_peak_bytes  of `max_device_batch_size` rows, in a probe as the search makes them; None: they do not run
+true_maximum        the rows that fill the limit, by the line through that probe and the largest of the search; maximum_error: how
+                    far the named maximum is above it, as a share
+maximum_holds       it fits and 3% more does not, or it does not and 3% less does: by one more probe, not by a line
 out_of_memory       whether STEPS steps of the trainer with the plan's rows ran out of memory, two micro-steps each, with
                     validations and a checkpoint on the way
 """
@@ -15,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from nanochat.train.prober import EXIT_OUT_OF_MEMORY, DidNotRun, Prober
 DEPTHS, LENGTHS = (8, 12, 16, 20), (512, 1024, 2048)
 STEPS = {"cuda": 200, "cpu": 4}
 VALIDATIONS = 4
-MORE = 1.03  # rows over the named maximum that must not fit any more
+TOLERANCE = 0.03  # of the named maximum
 
 
 def measure(
@@ -87,10 +89,8 @@ def _row(
             plan = make_plan(own, use_cache)
             seconds[f"seconds_{name}"] = time.monotonic() - started
             say("benchmark plans", f"{name}: {plan['device_batch_size']} rows after {seconds[f'seconds_{name}']:.1f} s")
-        limit, most = plan["capacity_bytes"] * (1 - plan["margin"]), plan["max_device_batch_size"]
         # On a CPU memory is no limit: the search ends before it.
-        tried = {"largest": most, "larger": math.ceil(most * MORE)} if gpu and not once else {}
-        peaks = {name: _peak(own, gpu, size) for name, size in tried.items()}
+        maximum = check_maximum(plan, lambda size: _peak(own, gpu, size)) if gpu and not once else {}
         task = {"model": wanted.model.model_dump(), "vocab_size": wanted.vocab_size, "seed": 1337, "steps": steps}
         task |= {"case": "training", "sequence_length": wanted.sequence_length, "rows": plan["device_batch_size"]}
         task |= {"dtype": wanted.dtype, "compile": wanted.compile, "gpus": wanted.gpus}
@@ -108,19 +108,39 @@ def _row(
         "sequence_length": wanted.sequence_length,
         "vocab_size": wanted.vocab_size,
         "device_batch_size": plan["device_batch_size"],
-        "max_device_batch_size": most,
+        "max_device_batch_size": plan["max_device_batch_size"],
         "max_was_probed": plan["max_was_probed"],
         "line_off": plan["line_off"],
         "probes": len(plan["probes"]),
         "peak_bytes": plan["peak_bytes"],
         "capacity_bytes": plan["capacity_bytes"],
         **seconds,
-        "largest_fits": peaks["largest"] <= limit if peaks else None,
-        "larger_fits": peaks["larger"] <= limit if peaks else None,
+        **(dict.fromkeys(("largest_peak_bytes", "true_maximum", "maximum_error", "maximum_holds")) | maximum),
         "steps": steps,
         "out_of_memory": not trained,
         "trained_peak_bytes": trained.get("peak_memory_bytes"),
         "tokens_per_second": trained.get("tokens_per_second"),
+    }
+
+
+def check_maximum(plan: dict[str, Any], peak: Callable[[int], float]) -> dict[str, Any]:
+    """Whether the plan's maximum is one, from two probes. peak: bytes of so many rows, infinite where they do not run."""
+    most, limit = plan["max_device_batch_size"], plan["capacity_bytes"] * (1 - plan["margin"])
+    largest = peak(most)
+    if largest <= limit:
+        holds = peak(math.ceil(most * (1 + TOLERANCE))) > limit
+    else:
+        holds = peak(math.floor(most * (1 - TOLERANCE))) <= limit
+    ran = [(one["device_batch_size"], one["peak_bytes"]) for one in plan["probes"] if one["ok"]]
+    size, bytes_there = max((one for one in ran if one[0] != most), default=(0, 0))
+    if largest == math.inf or not size:
+        return {"maximum_holds": holds}
+    true = most + (limit - largest) * (most - size) / (largest - bytes_there)
+    return {
+        "largest_peak_bytes": largest,
+        "true_maximum": true,
+        "maximum_error": most / true - 1,
+        "maximum_holds": holds,
     }
 
 

@@ -183,6 +183,8 @@ def _row(task: dict[str, Any], trainer: Trainer, lines: list[dict], sampled: har
         return {"compile_seconds": history.compile_seconds}
     first = WARM_STEPS - 1  # a step lasts from the line before it to its own
     lasted = [after["time"] - before["time"] for before, after in zip(lines[first:], lines[first + 1 :], strict=False)]
+    if len(lines) < WARM_STEPS + task["steps"]:
+        raise UserError(f"benchmark trainer: ended after {len(lines)} of {WARM_STEPS + task['steps']} steps.")
     after_save = lasted.pop(trainer.save_at - WARM_STEPS)
     median = statistics.median(lasted)
     rate = task["tokens_per_step"] / median
@@ -262,6 +264,9 @@ def main() -> int:
             if ranks.size > 1:
                 os._exit(EXIT_OUT_OF_MEMORY)  # the others wait in a collective
             return EXIT_OUT_OF_MEMORY
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
         if ranks.leads:
             print(json.dumps(row))
     return 0

@@ -12,11 +12,7 @@ from nanochat.infer.requests import MAX_STOP_IDS
 from nanochat.infer.sampling import Kind, RowSampling, Sampling, sample
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
-
-
-def send(source: Tensor, target: Tensor) -> None:
-    """Copy from the CPU into a tensor of any device, behind what is queued there and without waiting for it."""
-    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+from nanochat.transfer import send
 
 
 @dataclass
@@ -59,12 +55,13 @@ class Rows:
             self.column,
         )
 
-    def move(self, source: int, target: int) -> None:
-        """Row `target` becomes row `source`, which is free afterwards."""
+    def move(self, pairs: list[tuple[int, int]]) -> None:
+        """For each pair (target, source): row `target` becomes row `source`, which is free afterwards."""
+        targets, sources = torch.tensor(pairs, device=self.token.device).unbind(1)
         tensors = [self.token, self.position, self.remaining, self.running, self.stops, *vars(self.sampling).values()]
         for tensor in tensors:
-            tensor[target] = tensor[source]
-        self.running[source] = False
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+        self.running.index_fill_(0, sources, False)
 
 
 def decode_step(model: GPT, cache: KVCache, rows: Rows, kind: Kind) -> None:

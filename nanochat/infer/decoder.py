@@ -68,7 +68,7 @@ class Decoder:
 
     @torch.no_grad()
     def begin(self, logits: Tensor, arrivals: Arrivals, kind: Kind) -> Tensor:
-        """`decode.begin` for arrivals from the CPU; does not wait for the device."""
+        """`decode.begin` for arrivals from the CPU; does not wait for the device. What it returns the next call may overwrite."""
         if self.pool is None:
             return begin(self.rows, logits, arrivals.to(logits.device), kind)
         if logits.data_ptr() != self.logits.data_ptr():
@@ -83,7 +83,7 @@ class Decoder:
         graph, inputs, drawn = self.beginnings[key]
         inputs.copy_(padded)
         graph.replay()
-        return drawn[:count].clone()  # the next replay overwrites it
+        return drawn[:count]
 
     def _run(self, rows: int, reach: int, kind: Kind, steps: int) -> None:
         """Launch that many steps."""

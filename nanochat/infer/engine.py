@@ -2,7 +2,8 @@
 
 Continuous batching: the cache has a fixed number of rows. A request takes a free one, is prefilled, decodes beside the others
 and frees its row, which the next request takes; the device decodes a burst of steps, then the host looks at what was drawn.
-Several samples of one prompt are prefilled once and drawn independently, the first token too.
+Several samples of one prompt are prefilled once and drawn independently, the first token too. Those with most tokens to draw
+begin first: one that begins last goes on alone at the end, which costs nearly as much as with the others beside it.
 """
 
 from collections import deque
@@ -26,6 +27,7 @@ from nanochat.infer.requests import Completion, Request, Scored, StopReason
 from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
+from nanochat.transfer import Readback
 
 MAX_BURST = 256
 PASS_TOKENS = {"cuda": 16_384, "cpu": 4_096}  # of prompts in one pass
@@ -39,15 +41,32 @@ class _Job:
     sample: int
     request: Request
     ids: list[int] = field(default_factory=list)
+    unread: int = 0  # tokens that the device draws and the host has not looked at
+
+    @property
+    def drawn(self) -> int:
+        return len(self.ids) + self.unread
 
     @property
     def position(self) -> int:
         """Where the newest token stands."""
-        return len(self.request.prompt) + len(self.ids) - 1
+        return len(self.request.prompt) + self.drawn - 1
 
     @property
     def remaining(self) -> int:
-        return self.request.max_new_tokens - len(self.ids)
+        return self.request.max_new_tokens - self.drawn
+
+
+_Taken = tuple[int, int, _Job]  # which of the prompts, the row that continues it, and its job
+
+
+@dataclass(frozen=True)
+class _Burst:
+    """Steps that the device works on: the rows, and the job of each row with the tokens that it had when they were launched."""
+
+    rows: int
+    steps: int
+    jobs: dict[int, tuple[_Job, int]]
 
 
 @dataclass(frozen=True)
@@ -135,21 +154,23 @@ class Engine:
 
     def _run(self, requests: list[tuple[int, Request]]) -> Iterator[Event]:
         """Serve the requests; a generator that is closed half-way leaves the engine ready for the next call."""
-        queue = deque(_Job(i, n, request) for i, request in requests for n in range(request.samples))
+        jobs = [_Job(i, n, request) for i, request in requests for n in range(request.samples)]
+        queue = deque(sorted(jobs, key=lambda job: -job.remaining))
         slots: dict[int, _Job] = {}
         self.state.running.zero_()
         if requests:
             self.prefill.share(list({tuple(request.prompt): list(request.prompt) for _, request in requests}.values()))
         while queue or slots:
-            if queue and len(slots) < self.rows:
-                yield from self._admit(queue, slots)
-            if not slots:
-                continue
             self._compact(slots)
-            yield from self._harvest(slots, self._decode(slots, waiting=bool(queue)))
+            started = self._admit(queue, slots)
+            burst = self._decode(slots, waiting=bool(queue))
+            # The device decodes while the first tokens are handed out.
+            for taken, drawn in started:
+                yield from self._harvest(slots, self._first_tokens(taken, drawn))
+            yield from self._harvest(slots, self._drawn(slots, burst))
 
-    def _admit(self, queue: deque[_Job], slots: dict[int, _Job]) -> Iterator[Event]:
-        """Prefill as many waiting jobs as rows are free, and draw the first token of each."""
+    def _admit(self, queue: deque[_Job], slots: dict[int, _Job]) -> list[tuple[list[_Taken], Readback]]:
+        """Prefill as many waiting jobs as rows are free; returns the rows taken, and their first tokens on the way."""
         free = [slot for slot in range(self.rows) if slot not in slots]
         jobs = [queue.popleft() for _ in range(min(len(free), len(queue)))]
         by_prompt: dict[tuple[int, ...], list[_Job]] = {}
@@ -163,41 +184,53 @@ class Engine:
             taken = [(source, slot, job) for source, group in enumerate(sharing) for slot, job in group]
             slots.update({slot: job for _, slot, job in taken})
             started.append((taken, self._start(taken, logits)))
-        for taken, drawn in started:  # all passes are under way before the first is waited for
-            yield from self._harvest(slots, self._first_tokens(taken, drawn))
+        return started
 
-    def _start(self, taken: list[tuple[int, int, _Job]], logits: Tensor) -> Tensor:
-        """Draw the next token of rows (source in the logits (P, V), slot, job) and set them running: (n,) int64, not waited for."""
+    def _start(self, taken: list[_Taken], logits: Tensor) -> Readback:
+        """Draw the next token of rows from their source in the logits (P, V) and set them running: (n,) int64, on the way."""
         rows = []
         for source, slot, job in taken:
             stops = [*job.request.stop_ids, *([self._special("python_end")] if job.request.calculator else [])]
             sampling = job.request.sampling(job.sample)
-            rows.append((source, slot, job.position + 1, job.remaining - 1, stops, sampling))
-        return self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken))
+            job.unread = 1
+            rows.append((source, slot, job.position, job.remaining, stops, sampling))
+        return Readback(self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken)))
 
     @staticmethod
-    def _first_tokens(taken: list[tuple[int, int, _Job]], drawn: Tensor) -> dict[int, list[int]]:
-        """What `_start` has drawn, as `_decode` returns it."""
-        return {slot: [token] for (_, slot, _), token in zip(taken, drawn.tolist(), strict=True)}
+    def _first_tokens(taken: list[_Taken], drawn: Readback) -> dict[int, list[int]]:
+        """What `_start` has drawn, as `_drawn` returns it."""
+        return {slot: [token] for (_, slot, _), token in zip(taken, drawn.wait(), strict=True)}
 
-    def _decode(self, slots: dict[int, _Job], waiting: bool) -> dict[int, list[int]]:
-        """Run a burst of steps; what each row drew, -1 behind its end. `waiting`: jobs wait for a row."""
+    def _decode(self, slots: dict[int, _Job], waiting: bool) -> _Burst:
+        """Launch a burst of steps. `waiting`: jobs wait for a row."""
         jobs = slots.values()
-        burst = self.burst
-        if burst > 1 and not waiting and not any(job.request.stop_ids or job.request.calculator for job in jobs):
-            burst = max(burst, min(MAX_BURST, self._steps_to_fewer_rows(slots)))  # nothing to look for on the way
-        steps = min(burst, max(job.remaining for job in jobs))
-        reach = max(job.position + min(steps, job.remaining) for job in jobs)
+        burst, left = self.burst, max(job.remaining for job in jobs)
+        if burst > 1 and not any(job.request.stop_ids or job.request.calculator for job in jobs):
+            # Nothing to look for on the way to where a row is free, or fewer rows are left.
+            burst = max(burst, min(MAX_BURST, self._steps_to_an_end(slots, waiting)))
+        steps = min(burst, left)
         rows = self._row_bucket(max(slots) + 1)
-        length = bucket(reach, self.length)
-        self.decoder.run(steps, rows, length, self._kind(jobs))
-        drawn = self.state.drawn[:rows, :steps].tolist()  # the burst's one wait for the device
-        return {slot: drawn[slot] for slot in slots}
+        if steps:
+            reach = max(job.position + min(steps, job.remaining) for job in jobs)
+            self.decoder.run(steps, rows, bucket(reach, self.length), self._kind(jobs))
+        return _Burst(rows, steps, {slot: (job, job.drawn) for slot, job in slots.items()})
 
-    def _steps_to_fewer_rows(self, slots: dict[int, _Job]) -> int:
-        """Steps until so many of the jobs have all their tokens that fewer rows can be decoded, or none is left."""
+    def _steps_to_an_end(self, slots: dict[int, _Job], waiting: bool) -> int:
+        """Steps until a job has all its tokens; with none waiting, until so many have that fewer rows can be decoded, or none is left."""
+        steps = sorted(job.remaining for job in slots.values())
         fewer = max((size for size in self.row_buckets if size < len(slots)), default=0)
-        return sorted(job.remaining for job in slots.values())[len(slots) - fewer - 1]
+        return steps[0 if waiting else len(slots) - fewer - 1]
+
+    def _drawn(self, slots: dict[int, _Job], burst: _Burst) -> dict[int, list[int]]:
+        """What each row of a burst drew, -1 behind its end; the burst's one wait for the device.
+
+        Without the rows whose first token was an end, or a call of the tool that was answered since: they had no part in it.
+        """
+        if not burst.steps:
+            return {}
+        drawn = self.state.drawn[: burst.rows, : burst.steps].tolist()
+        went_on = (slot for slot, (job, had) in burst.jobs.items() if slots.get(slot) is job and job.drawn == had)
+        return {slot: drawn[slot] for slot in went_on}
 
     def _harvest(self, slots: dict[int, _Job], drawn: dict[int, list[int]]) -> Iterator[Event]:
         """Hand out what was drawn, free the rows that ended, answer tool calls."""
@@ -232,6 +265,7 @@ class Engine:
         stop = next((i for i, token in enumerate(new) if token in stops), None) if stops else None
         new = new[:stop]
         job.ids += new
+        job.unread = 0
         if stop is not None:
             return new, "stop"
         return new, "length" if job.remaining <= 0 else None
@@ -250,13 +284,15 @@ class Engine:
 
     def _compact(self, slots: dict[int, _Job]) -> None:
         """Move the last rows to free ones further up when fewer rows can then be decoded."""
-        while self._row_bucket(len(slots)) < self._row_bucket(max(slots) + 1):
-            source = max(slots)
-            target = next(slot for slot in range(self.rows) if slot not in slots)
-            job = slots[target] = slots.pop(source)
-            self.state.move(source, target)
-            for side in self.cache.tensors():
-                side[target, : job.position] = side[source, : job.position]
+        rows = self._row_bucket(len(slots)) if slots else self.rows
+        free = (slot for slot in range(rows) if slot not in slots)
+        pairs = [(next(free), source) for source in sorted(slots) if source >= rows]
+        if not pairs:
+            return
+        for target, source in pairs:
+            slots[target] = slots.pop(source)
+        self.state.move(pairs)
+        self.cache.copy_rows(self.cache, pairs, max(slots[target].position for target, _ in pairs))
 
     def _row_bucket(self, rows: int) -> int:
         return next(size for size in self.row_buckets if size >= rows)

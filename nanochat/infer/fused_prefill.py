@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.infer.decode import send
 from nanochat.infer.decoder import Decoder, captured
 from nanochat.model.additions import before
 from nanochat.model.kernels import causal_attention, norm, seen
 from nanochat.model.loss import softcapped_logits
+from nanochat.transfer import send
 
 RELU_BLOCK = 1024
 

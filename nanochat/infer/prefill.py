@@ -97,11 +97,8 @@ class Prefill:
     def _copy(self, source: KVCache, slots: list[list[int]], rows: list[int], length: int, skip: int = 0) -> None:
         """Copy the first `length` positions of each of the source's `rows` to all of its slots but the first `skip`."""
         pairs = [(slot, row) for some, row in zip(slots, rows, strict=True) for slot in some[skip:]]
-        if not pairs:
-            return
-        to, of = torch.tensor(pairs, device=self.model.device).unbind(1)
-        for target, tensor in zip(self.cache.tensors(), source.tensors(), strict=True):
-            target[:, :length].index_copy_(0, to, tensor[:, :length].index_select(0, of))
+        if pairs:
+            self.cache.copy_rows(source, pairs, length)
 
     def extend(self, slot: int, tokens: list[int], start: int) -> Tensor:
         """Append tokens to one row of the cache from position `start`; returns the last logits (1, V) float32."""

@@ -80,6 +80,15 @@ class KVCache:
         view.tokens = None if self.tokens is None else self.tokens[first_row : first_row + rows, :length]
         return view
 
+    def copy_rows(self, source: "KVCache", pairs: list[tuple[int, int]], length: int) -> None:
+        """Take over the first `length` positions of rows of `source`, which may be this cache: pairs of (row here, row there).
+
+        No row is both taken and overwritten.
+        """
+        here, there = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
+        for target, side in zip(self.tensors(), source.tensors(), strict=True):
+            target[:, :length].index_copy_(0, here, side[:, :length].index_select(0, there))
+
     def store(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (B, T, kv_heads, head_dim) at `positions` (B, T) in place; returns the layer's whole tensors."""
         row = torch.arange(positions.size(0), device=positions.device)[:, None]

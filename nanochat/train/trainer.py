@@ -31,11 +31,12 @@ from nanochat.progress import Progress
 from nanochat.train import checkpoint
 from nanochat.train.distributed import World
 from nanochat.train.history import History, learning_rate_scale
+from nanochat.train.prefetch import Batch, Prefetched
 from nanochat.train.saving import Saver
 from nanochat.train.signals import StopSignals
 from nanochat.train.tracing import Trace
 from nanochat.train.trackers import Trackers, open_trackers
-from nanochat.train.transfer import Batch, Prefetched, Readback, to_device
+from nanochat.transfer import Readback, to_device
 
 
 class NonFinite(Exception):
@@ -177,7 +178,7 @@ class Trainer:
         finite, any_target = torch.isfinite(sums[:2]).all(), sums[2] > 0
         # The host reads what the device knows before the update, while the update runs: it is never without work. So what is
         # not finite is kept from the weights on the device, and the host learns of it before the next step.
-        numbers = Readback(sums)
+        numbers = Readback(sums, sleep=True)  # its core is the loader's meanwhile
         rate = learning_rate_scale(step, self.steps, self.train)
         optimizer.step(step, rate, tokens / sums[2].clamp_min(1), finite & any_target)
         loss_sum, norm_squared, targets, stopped, saving = numbers.wait()

@@ -234,13 +234,42 @@ def test_memory_stays_flat_over_ten_thousand_requests(tiny_model):
     assert resident_bytes() - before < 16 * 2**20
 
 
-def test_a_freed_row_is_taken_by_the_next_request_at_once(model, monkeypatch):
-    """Ten short requests pass through one row while a long one keeps the other: no step is added for them."""
+@pytest.mark.parametrize("burst", [1, 2])
+@pytest.mark.parametrize("place", [0, 10])
+def test_a_freed_row_is_taken_by_the_next_request_at_once(model, monkeypatch, burst, place):
+    """Ten short requests pass through one row while a long one keeps the other: no step is added for them, nor for it."""
     engine, steps = Engine(model, rows=2), []
+    engine.burst = burst
     run = engine.decoder.run
     monkeypatch.setattr(engine.decoder, "run", lambda count, *rest: steps.append(count) or run(count, *rest))
-    engine.generate([Request(prompt(5), 41), *[Request(prompt(5, i), 4) for i in range(10)]])
+    requests = [Request(prompt(5, i), 4) for i in range(10)]
+    requests.insert(place, Request(prompt(5, 10), 41))
+    engine.generate(requests)
     assert sum(steps) == 40
+
+
+def test_the_device_has_work_while_the_first_tokens_are_handed_out(model, recomputed, monkeypatch):
+    engine, launched = Engine(model, rows=1), []
+    run = engine.decoder.run
+    monkeypatch.setattr(engine.decoder, "run", lambda count, *rest: launched.append(count) or run(count, *rest))
+    stream = engine.stream(Request(prompt(8), 5))
+    ids = [next(stream)]
+    assert launched == [1]
+    assert ids + list(stream) == recomputed(model, prompt(8), 5)
+    assert list(engine.stream(Request(prompt(8), 1))) == ids
+    assert launched == [1, 1, 1, 1]  # nothing for a row that has all its tokens
+
+
+@pytest.mark.parametrize("burst", [1, 16])
+def test_a_row_that_its_first_token_ends_leaves_the_others_theirs(model, recomputed, burst):
+    """The steps that were launched behind that token were none of its own."""
+    whole = [recomputed(model, prompt(8, seed=i), 20) for i in range(6)]
+    requests = [Request(prompt(8, seed=i), 20, stop_ids=ids[:1] if i % 2 else ()) for i, ids in enumerate(whole)]
+    engine = Engine(model, rows=3)
+    engine.burst = burst
+    completions = engine.generate(requests)
+    assert [c.ids for c in completions] == [[] if i % 2 else ids for i, ids in enumerate(whole)]
+    assert [c.stop_reason for c in completions] == ["length", "stop"] * 3
 
 
 def test_samples_of_one_prompt_are_prefilled_once(model, monkeypatch):

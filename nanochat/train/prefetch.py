@@ -1,4 +1,4 @@
-"""Between host and device without either waiting: rows made ahead of their use, numbers read behind work that is queued."""
+"""Rows made ahead of their use, so that neither host nor device waits for them."""
 
 import queue
 import threading
@@ -89,29 +89,3 @@ class Prefetched(Generic[Item]):
             except queue.Full:
                 continue
         return False
-
-
-class Readback:
-    """Numbers on their way from the device: what is queued after this is not waited for.
-
-    values  (n,) on the device
-    """
-
-    def __init__(self, values: Tensor):
-        self._values, self._ready = values, None
-        if values.device.type == "cuda":
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            # blocking: the waiting thread sleeps, and leaves its core to the loader's.
-            self._ready = torch.cuda.Event(blocking=True)
-            self._ready.record()
-
-    def wait(self) -> list[float]:
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._values.tolist()
-
-
-def to_device(values: list[float], device: torch.device) -> Tensor:
-    """(n,) float64 on the device, without waiting for what it does now."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
