@@ -61,6 +61,8 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "attention_stages": (1, 2, 3, 4),
     "attention_registers": (0, 112, 96, 128, 80, 64),  # those most likely to help next to no limit
     "ahead_megabytes": (0, 8, 16, 24, 32, 48),
+    "ahead_products": (1, 2, 3),
+    "weights_ahead": (0, 1, 2),
 }
 # Sizes that are often better changed together: one gives the room that the other needs.
 PAIRS = {
@@ -75,6 +77,8 @@ PAIRS = {
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
         ("attention_held", "attention_registers"),
+        ("ahead_megabytes", "ahead_products"),
+        ("ahead_megabytes", "weights_ahead"),
     )
 }
 
@@ -114,7 +118,7 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
         times = step.times(first, without=name)
         costs[name] = statistics.median(before) - statistics.median(times)
         yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
-    times = step.times(replace(first, ahead_megabytes=0))
+    times = step.times(replace(first, ahead_megabytes=0, weights_ahead=0))
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
@@ -151,12 +155,9 @@ class PartialStep(FusedStep):
         if self.without != "finish":
             super()._finish(*arguments)
 
-    def _matmul(self, rows: int, tile: Tile, x, weight, out, epilogue, *more) -> None:
-        added = "down" if weight.size(1) > self.width else "out"
-        products = self.products
-        named = {products.STORE: "qkv", products.SQUARED_RELU: "up", products.ADD: added}
-        if self.without != next((name for key, name in named.items() if epilogue == key), "head"):
-            super()._matmul(rows, tile, x, weight, out, epilogue, *more)
+    def _matmul(self, rows: int, plan: Plan, product: int, *arguments) -> None:
+        if self.without != self._named(product):
+            super()._matmul(rows, plan, product, *arguments)
 
 
 class TimedStep:

@@ -1,7 +1,7 @@
 """Programmatic dependent launch (PDL, Hopper): a kernel starts while the one before it still runs, and fetches what does not
 depend on that one before it waits for it. PDL = 0: nothing of it; 2: the next kernel may start only after the wait.
 
-What a later kernel will read can be asked for too, while the memory idles: `fetch_filled`.
+What later kernels will read can be asked for too, while the memory idles: `fetch_share` of weights, `fetch_filled` of keys and values.
 """
 
 import triton
@@ -50,6 +50,21 @@ def fetch_ranges(at, size):
         "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def fetch_share(source, size, program, programs, PIECE: tl.constexpr, THREADS: tl.constexpr):
+    """Ask the L2 cache for this program's share of `size` bytes from `source` on. PIECE and THREADS: bytes and pieces asked for at once."""
+    for begin in tl.range(0, tl.cdiv(tl.cdiv(size, PIECE), programs), THREADS):
+        at, count = share_of(begin + tl.arange(0, THREADS), size, program, programs, PIECE)
+        fetch_ranges(source.to(tl.int64) + at, count)
+
+
+@triton.jit
+def share_of(piece, size, program, programs, PIECE: tl.constexpr):
+    """Of a program's piece the first of `size` bytes and how many it has, int32; none behind the end."""
+    at = (piece * programs + program) * PIECE
+    return at, tl.minimum(tl.maximum(size - at, 0), PIECE)
 
 
 @triton.jit

@@ -79,7 +79,8 @@ class FusedPrefill:
             self._store(tokens, lengths, slots)
         x = x.view(count * width, -1)
         sizes = {"WIDTH": config.width, "BLOCK_WIDTH": 1 << (config.width - 1).bit_length()}
-        for layer, (qkv, out, up, down, embedding) in enumerate(step.layers):
+        for layer, embedding in enumerate(step.value_embeddings):
+            qkv, out, up, down = step.weights[4 * layer : 4 * layer + 4]
             projected = F.linear(x, qkv)  # (P T, (H + 2 KV) D), norm's factor still to come
             turned = x.new_empty(count, width, heads + 2 * kv_heads, head_dim)
             self.kernels.turn[(width, count)](
@@ -107,7 +108,7 @@ class FusedPrefill:
             )
             queries, keys, values = turned.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)  # (P, H, T, D)
             window = step.windows[layer]
-            if layer + 1 == len(step.layers):
+            if layer + 1 == config.depth:
                 # Nothing needs what this layer makes of the tokens before the last.
                 last = (lengths - 1).clamp_min(0)
                 own = torch.arange(count, device=x.device)
@@ -122,7 +123,7 @@ class FusedPrefill:
             hidden = F.linear(x, up)
             self.kernels.squared_relu_[(len(x),)](hidden, x, hidden.size(1), RELU_BLOCK, **sizes)
             x.addmm_(hidden, down.T)
-        self.logits[:count] = softcapped_logits(norm(x), step.head, config.logit_softcap)
+        self.logits[:count] = softcapped_logits(norm(x), step.weights[-1], config.logit_softcap)
 
     def _store(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Put the prompts' tokens (P, T) into the cache; padding changes nothing there."""

@@ -18,7 +18,9 @@ from nanochat.model.gpt import GPT, Block
 
 GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
-AHEAD_POSITIONS = 16  # of a head, in a piece that one thread asks for
+PRODUCTS = ("qkv", "out", "up", "down")  # of a layer, in their order
+# What one thread asks the L2 cache for at once: positions of a head, bytes of weights. And how much of one product's weights.
+AHEAD_POSITIONS, AHEAD_BYTES, MOST_AHEAD_BYTES = 16, 512, 16 * 2**20
 
 
 def unusable(model: GPT) -> str | None:
@@ -75,9 +77,11 @@ class Plan:
     attention_registers: int = (
         0  # a thread may use, so that more programs wait side by side; 0: as many as the compiler likes
     )
-    # Of the keys and values, of all rows together, that the L2 cache is asked for by the product before attention, which leaves
-    # the memory idle. In the products before that one it was slower: what comes is gone again when it is read, or in the way.
+    # Of a layer's keys and values, of all rows together, that the L2 cache is asked for before its attention, while the memory
+    # idles: by the product right before it (1), or by the one (2) or two (3) before that.
     ahead_megabytes: int = 0
+    ahead_products: int = 1
+    weights_ahead: int = 0  # each product asks for the weights of the product so many later; 0: for none
 
 
 def plan_for(rows: int) -> Plan:
@@ -120,9 +124,12 @@ class FusedStep:
         def half(weight: Tensor) -> Tensor:
             return weight.detach().to(dtype).contiguous()
 
-        self.embedding, self.head = half(model.embedding), half(model.head)
+        self.embedding = half(model.embedding)
         self.smear = model.smear
-        self.layers = [self._layer(block, half) for block in model.blocks]
+        # Of all products in their order, `PRODUCTS` of each layer and the head; and the layers' value embeddings.
+        self.weights = [weight for block in model.blocks for weight in self._weights(block, half)] + [half(model.head)]
+        added = [block.attention.value_embedding for block in model.blocks]
+        self.value_embeddings = [None if one is None else half(one.embedding) for one in added]
         self.windows = [block.attention.window for block in model.blocks]
         # Rounded as the model rounds them: the keys that prefill stored were turned by these.
         self.cos, self.sin = half(model.cos), half(model.sin)
@@ -134,7 +141,7 @@ class FusedStep:
         def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.x, self.qkv = buffer(rows, self.width), buffer(rows, max(layer[0].size(0) for layer in self.layers))
+        self.x, self.qkv = buffer(rows, self.width), buffer(rows, max(len(qkv) for qkv in self.weights[:-1:4]))
         self.attended, self.hidden = buffer(rows, self.width), buffer(rows, 4 * self.width)
         self.squares = buffer(max(1, self.width // 4), rows, dtype=torch.float32)
         self.best = buffer(rows * -(-config.vocab_size // 16), dtype=torch.float32)
@@ -143,19 +150,16 @@ class FusedStep:
         self.parts: dict[tuple, Tensor] = {}  # grown before a step is captured
         self.buffer = buffer
 
-    def _layer(
-        self, block: Block, half: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """A layer's weights, of queries, keys and values first; the value embedding last, its gates in that product's last rows."""
+    def _weights(self, block: Block, half: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Of a layer's products; that of queries, keys and values has the gates of a value embedding in its last rows."""
         attention, mlp = block.attention, block.mlp
-        qkv, out, up, down = (half(linear.weight) for linear in (attention.qkv, attention.out, mlp.up, mlp.down))
-        added = attention.value_embedding
-        if added is None:
-            return qkv, out, up, down, None
-        gate = half(added.gate.weight)  # (KV, channels)
-        gates = qkv.new_zeros(-(-len(gate) // GATE_ROWS) * GATE_ROWS, self.width)
-        gates[: len(gate), : gate.size(1)] = gate
-        return torch.cat((qkv, gates)), out, up, down, half(added.embedding)
+        qkv, *others = (half(linear.weight) for linear in (attention.qkv, attention.out, mlp.up, mlp.down))
+        if attention.value_embedding is not None:
+            gate = half(attention.value_embedding.gate.weight)  # (KV, channels)
+            gates = qkv.new_zeros(-(-len(gate) // GATE_ROWS) * GATE_ROWS, self.width)
+            gates[: len(gate), : gate.size(1)] = gate
+            qkv = torch.cat((qkv, gates))
+        return qkv, *others
 
     def splits(self, rows: int, length: int) -> int:
         """Into how many parts attention divides the filled positions, of which there are at most `length`: all that the
@@ -177,20 +181,21 @@ class FusedStep:
         products, width = self.products, self.width
         parts = 1
         most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
-        for layer, (qkv, out, up, down, embedding) in enumerate(self.layers):
-            self._matmul(rows, plan.qkv, self.x, qkv, self.qkv, products.STORE, parts, most_parts, (plan, layer))
-            self._attend(rows, splits, plan, layer, qkv.size(0), embedding, self.windows[layer])
-            parts = self._add(rows, plan.out, self.attended, out)
-            self._matmul(rows, plan.up, self.x, up, self.hidden, products.SQUARED_RELU, parts, most_parts)
-            parts = self._add(rows, plan.down, self.hidden, down)
-        given = None
+        for layer in range(self.config.depth):
+            qkv, out, up, down = range(4 * layer, 4 * layer + 4)
+            self._matmul(rows, plan, qkv, self.x, self.qkv, products.STORE, parts, most_parts)
+            self._attend(rows, splits, plan, layer)
+            parts = self._add(rows, plan, out, self.attended)
+            self._matmul(rows, plan, up, self.x, self.hidden, products.SQUARED_RELU, parts, most_parts)
+            parts = self._add(rows, plan, down, self.hidden)
+        given, head = None, len(self.weights) - 1
         if kind.cut:
             logits = self._part("logits", self.capacity, self.config.vocab_size)
-            self._matmul(rows, plan.head, self.x, self.head, logits, products.LOGITS, parts, most_parts)
+            self._matmul(rows, plan, head, self.x, logits, products.LOGITS, parts, most_parts)
             given = sample(logits[:rows], state.sampling, state.position + 1, kind)
         else:
             epilogue = products.ARGMAX if kind.greedy else products.DRAW
-            self._matmul(rows, plan.head, self.x, self.head, self.best, epilogue, parts, most_parts)
+            self._matmul(rows, plan, head, self.x, self.best, epilogue, parts, most_parts)
         self._finish(state, rows, plan, given, behind)
 
     def _embed(self, state: Rows, rows: int, steps: int) -> None:
@@ -225,31 +230,39 @@ class FusedStep:
             "BLOCK": _power_of_two(self.width),
         }
 
-    def _pieces(self, rows: int, plan: Plan, layer: int) -> int:
-        """How many pieces of each row's keys and values the product before that layer's attention asks for."""
-        if not self.pdl:
-            return 0
-        keys = self.cache.keys[layer]
-        piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * keys.element_size()
-        return min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
+    def _named(self, product: int) -> str:
+        """What the tile of a step's product of that number is called in a plan."""
+        return PRODUCTS[product % 4] if product < len(self.weights) - 1 else "head"
+
+    def _keys_asked(self, rows: int, plan: Plan, product: int) -> tuple[int, int]:
+        """Whose keys and values a product asks the L2 cache for: the layer, and how many pieces of each row; (0, 0): none."""
+        attention = (
+            product + plan.ahead_products - 1 if product else 0
+        )  # nothing before it in the step asks for the first layer's
+        layer = attention // 4
+        if not self.pdl or attention % 4 or layer == self.config.depth:
+            return 0, 0
+        piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * self.x.element_size()
+        most = -(-self.cache.length // AHEAD_POSITIONS)
+        return layer, min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), most)
+
+    def _weights_asked(self, plan: Plan, product: int) -> tuple[Tensor, int]:
+        """Whose weights a product asks the L2 cache for, and how many bytes of them."""
+        later = product + plan.weights_ahead
+        if not (self.pdl and plan.weights_ahead) or later >= len(self.weights):
+            return self.weights[product], 0
+        weight = self.weights[later]
+        return weight, min(weight.numel() * weight.element_size(), MOST_AHEAD_BYTES)
 
     def _matmul(
-        self,
-        rows: int,
-        tile: Tile,
-        x: Tensor,
-        weight: Tensor,
-        out: Tensor,
-        epilogue,
-        parts: int,
-        most_parts: int,
-        before: tuple[Plan, int] | None = None,
+        self, rows: int, plan: Plan, product: int, x: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
     ) -> None:
-        """x (R, K) @ weight (N, K).T; with parts = 0 x is not normed. before: the attention of that layer comes next."""
-        layer = before[1] if before else 0
-        pieces = self._pieces(rows, *before) if before else 0
+        """The step's product of that number: x (R, K) @ its weight (N, K).T; with parts = 0 x is not normed."""
+        weight = self.weights[product]
         outer, inner = weight.shape
-        tile = tile.fitted(inner)
+        tile = getattr(plan, self._named(product)).fitted(inner)
+        layer, pieces = self._keys_asked(rows, plan, product)
+        later, later_bytes = self._weights_asked(plan, product)
         blocks = -(-outer // tile.n)
         sampling = self.state.sampling
         split = epilogue == self.products.ADD and tile.splits > 1
@@ -266,6 +279,7 @@ class FusedStep:
             self.cache.keys[layer],
             self.cache.values[layer],
             self.state.running,
+            later,
             self._part("shares", tile.splits, self.capacity, outer) if split else self.squares,
             self.arrived,
             rows,
@@ -276,6 +290,7 @@ class FusedStep:
             self.cache.length,
             pieces,
             self.windows[layer] or 0,
+            later_bytes,
             outer,
             inner,
             tile.m,
@@ -288,30 +303,22 @@ class FusedStep:
             PARTS=most_parts,
             EPILOGUE=epilogue.value,
             AHEAD=AHEAD_POSITIONS if pieces else 0,
+            LATER=AHEAD_BYTES if later_bytes else 0,
             KV_HEADS=self.config.kv_heads,
             D=self.head_dim,
             THREADS=32 * tile.warps,
             # What follows a step's first product reads before its own wait what the step before has written.
-            **self._launch(tile.warps, late=before is not None and layer == 0),
+            **self._launch(tile.warps, late=product == 0),
         )
 
-    def _add(self, rows: int, tile: Tile, x: Tensor, weight: Tensor) -> int:
-        """The stream += x @ weight.T; returns how many parts the sums of squares have."""
-        self._matmul(rows, tile, x, weight, self.x, self.products.ADD, 0, 1)
-        return -(-self.width // tile.n)
+    def _add(self, rows: int, plan: Plan, product: int, x: Tensor) -> int:
+        """The stream += x @ that product's weight.T; returns how many parts the sums of squares have."""
+        self._matmul(rows, plan, product, x, self.x, self.products.ADD, 0, 1)
+        return -(-self.width // getattr(plan, self._named(product)).n)
 
-    def _attend(
-        self,
-        rows: int,
-        splits: int,
-        plan: Plan,
-        layer: int,
-        stride: int,
-        embedding: Tensor | None,
-        window: int | None,
-    ) -> None:
-        """self.attended from self.qkv, whose rows are `stride` long, and the cache, into which the new keys and values go."""
-        config, state = self.config, self.state
+    def _attend(self, rows: int, splits: int, plan: Plan, layer: int) -> None:
+        """self.attended from self.qkv and the layer's part of the cache, into which the new keys and values go."""
+        config, state, embedding = self.config, self.state, self.value_embeddings[layer]
         out, totals = self.attended, self.squares
         if splits > 1:
             out = self._part("attention", splits, self.capacity, self.width)
@@ -330,9 +337,9 @@ class FusedStep:
             self.embedding if embedding is None else embedding,
             self.cache.length,
             self.capacity,
-            stride,
+            len(self.weights[4 * layer]),
             embedding is not None,
-            window or 0,
+            self.windows[layer] or 0,
             config.heads,
             config.kv_heads,
             self.head_dim,

@@ -23,7 +23,7 @@ from nanochat.model.attention import rotary_table, rotate
 from tests.unit.infer.kernels_here import DEVICE, DTYPES, FAILS, ON_GPU, PDL, TOLERANCE, Guarded, close, random
 
 pytestmark = [pytest.mark.skipif(FAILS is not None, reason=str(FAILS)), *([pytest.mark.gpu] if ON_GPU else [])]
-NOTHING_AHEAD = {"AHEAD": 0, "KV_HEADS": 1, "D": 16, "THREADS": 32}
+NOTHING_AHEAD = {"AHEAD": 0, "LATER": 0, "KV_HEADS": 1, "D": 16, "THREADS": 32}
 
 
 TILES = [
@@ -57,8 +57,8 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
     def launch(out, index, squares_out, epilogue, with_norm):
         grid = (blocks, -(-rows // tile.m), 1)
         products.matmul[grid](
-            x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, squares, index, rows, parts,
-            capacity, blocks, softcap, 1, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
+            x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, x, squares, index, rows,
+            parts, capacity, blocks, softcap, 1, 0, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
             NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, **NOTHING_AHEAD, num_warps=tile.warps, **PDL,
         )  # fmt: skip
 
@@ -123,8 +123,8 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
     for _ in range(2):
         stream.tensor.copy_(expected)
         products.matmul[(blocks, -(-rows // tile.m), splits)](
-            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived,
-            shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
+            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived, x,
+            shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
             tile.lanes, tile.stages, NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **NOTHING_AHEAD, **PDL,
         )  # fmt: skip
         assert not arrived.any()
@@ -166,6 +166,24 @@ def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, windo
         here = min(positions[row], length - 1)
         seen = range(max(0, here - window + 1) if window else 0, here if running[row] else 0)
         assert positions_read == list(seen)[: pieces * size]
+
+
+@triton.jit
+def _shares(out, size, programs, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    program, piece = tl.program_id(0), tl.arange(0, COUNT)
+    at, count = dependent_launch.share_of(piece, size, program, programs, PIECE)
+    tl.store(out + (program * COUNT + piece) * 2, at)
+    tl.store(out + (program * COUNT + piece) * 2 + 1, count)
+
+
+@pytest.mark.parametrize("size", [16, 496, 512, 528, 5 * 512 * 3, 5 * 512 * 3 + 16, 9 * 512 * 8])
+def test_programs_share_all_bytes_of_what_is_fetched_ahead(size):
+    programs, count = 9, 8
+    found = torch.full((programs * count, 2), -1, dtype=torch.int32, device=DEVICE)
+    _shares[(programs,)](found, size, programs, 512, count)
+    read = sorted(place for at, many in found.tolist() for place in range(at, at + many, 16))
+    assert read == list(range(0, size, 16))
+    assert all(many % 16 == 0 for _, many in found.tolist())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -119,7 +119,11 @@ def test_captured_kernels_equal_launched_ones_and_stay_near_a_full_pass():
 @pytest.mark.skipif(not PDL["PDL"], reason="needs a Hopper GPU")
 def test_fetching_ahead_changes_nothing():
     model, steps = tiny(torch.float16, depth=3), []
-    for plan in (SPLIT_PLAN, replace(SPLIT_PLAN, ahead_megabytes=32)):
+    plans = [
+        SPLIT_PLAN,
+        *(replace(SPLIT_PLAN, ahead_megabytes=32, ahead_products=n, weights_ahead=n) for n in (1, 2, 3)),
+    ]
+    for plan in plans:
         cache, state = (
             KVCache(model.config, 3, 160, torch.device(DEVICE), torch.float16),
             Rows.empty(3, 8, torch.device(DEVICE)),
