@@ -4,6 +4,7 @@ It knows no model class: a model's cost follows from its sizes. torch is importe
 commands (report, workflow) may import this module.
 """
 
+import bisect
 import collections
 import contextlib
 import json
@@ -58,7 +59,10 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-PREFILL_ROWS = 32  # prompts computed side by side, at most
+PREFILL_ROWS = 32  # prompts computed side by side through a scratch cache, at most
+MOST_PROMPTS = 128  # of a pass that needs none
+PREFILL_TOKENS = 16_384  # of a pass on a GPU, at most
+PREFILL_WIDTHS = 12  # activations of a token of a pass, in widths: stream, projection and what is made of it, hidden layer, attention
 LOGIT_COPIES = 4  # float32 (R, V) tensors alive at once in a decode step: logits, scaled, noise, the sort of top-p
 
 
@@ -222,18 +226,19 @@ def kv_cache_bytes(sizes: Sizes, length: int, itemsize: int) -> int:
 
 
 def decode_bytes(sizes: Sizes, vocab_size: int, rows: int, length: int, itemsize: int) -> int:
-    """All that decoding allocates beside the weights: the cache, the prefill's scratch and shared prefix, a step's logits."""
+    """All that decoding allocates beside the weights: the cache, what prefill needs (scratch, shared prefix, activations, last logits),
+    a step's logits."""
     caches = (rows + min(rows, PREFILL_ROWS) + 1) * kv_cache_bytes(sizes, length, itemsize)
-    return caches + LOGIT_COPIES * 4 * rows * vocab_size
+    prefill = PREFILL_WIDTHS * itemsize * sizes.width * min(rows * length, PREFILL_TOKENS)
+    return caches + prefill + 4 * (LOGIT_COPIES * rows + min(rows, MOST_PROMPTS)) * vocab_size
 
 
 def decode_rows(sizes: Sizes, vocab_size: int, length: int, itemsize: int, memory_bytes: int) -> int:
     """The most rows whose `decode_bytes` are within that memory; 0 when not even one fits."""
-    a_row, logits = kv_cache_bytes(sizes, length, itemsize), LOGIT_COPIES * 4 * vocab_size
-    # min(rows, PREFILL_ROWS) is at most either of the two: each of these counts too much memory, one of them exactly enough.
-    few = (memory_bytes - a_row) // (2 * a_row + logits)
-    many = (memory_bytes - (PREFILL_ROWS + 1) * a_row) // (a_row + logits)
-    return max(0, few, many)
+    most = max(0, memory_bytes) // kv_cache_bytes(sizes, length, itemsize)
+    return bisect.bisect_right(
+        range(1, most + 1), memory_bytes, key=lambda rows: decode_bytes(sizes, vocab_size, rows, length, itemsize)
+    )
 
 
 def training_bytes(parameters: int, layers: int, width: int, tokens: int, itemsize: int) -> float:

@@ -3,14 +3,12 @@
 from typing import TYPE_CHECKING
 
 from nanochat import hardware
-from nanochat.hardware import PREFILL_ROWS
+from nanochat.hardware import MOST_PROMPTS, PREFILL_ROWS, PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
 
-MOST_PROMPTS = 128  # of a pass that needs no scratch cache
-
-__all__ = ["MOST_PROMPTS", "PREFILL_ROWS", "engine_bytes", "row_bytes", "rows_that_fit"]
+__all__ = ["MOST_PROMPTS", "PREFILL_ROWS", "PREFILL_TOKENS", "engine_bytes", "row_bytes", "rows_that_fit"]
 
 
 def row_bytes(config: "GPTConfig", length: int, itemsize: int) -> int:

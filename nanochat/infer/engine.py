@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.hardware import host_memory_bytes
 from nanochat.infer import scoring
 from nanochat.infer.calculator import calculate
-from nanochat.infer.capacity import PREFILL_ROWS, engine_bytes, rows_that_fit
+from nanochat.infer.capacity import PREFILL_ROWS, PREFILL_TOKENS, engine_bytes, rows_that_fit
 from nanochat.infer.decode import Arrivals, Rows
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.fused_prefill import FusedPrefill
@@ -30,7 +30,7 @@ from nanochat.model.gpt import GPT
 from nanochat.transfer import Readback
 
 MAX_BURST = 256
-PASS_TOKENS = {"cuda": 16_384, "cpu": 4_096}  # of prompts in one pass
+PASS_TOKENS = {"cuda": PREFILL_TOKENS, "cpu": PREFILL_TOKENS // 4}  # of prompts in one pass
 
 
 @dataclass

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
+from nanochat.infer.capacity import rows_that_fit
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
+from nanochat.model.gpt import GPT, GPTConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +86,24 @@ def test_memory_stays_flat_over_many_requests(tiny_model):
         engine.generate(requests(64))
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_as_many_rows_fit_as_arithmetic_says():
+    """Within 2% of the memory it was told, with every row in use and the costliest way to draw."""
+    length, memory = 2048, 8 * 2**30
+    model = on_gpu(GPT(GPTConfig(32_768, 4, 512, 8, 8, 15.0, 10_000.0, length)), torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    rows = rows_that_fit(model.config, length, 2, memory)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    source = random.Random(1)
+    some = [
+        Request(source.choices(range(32_768), k=length - 20), 12, temperature=0.8, top_k=50, top_p=0.9, seed=i)
+        for i in range(8)
+    ]
+    some += [Request(source.choices(range(32_768), k=200), 12, temperature=0.8, top_k=50, seed=i) for i in range(rows)]
+    engine = Engine(model, rows=rows, length=length)
+    assert all(completion.error is None for completion in engine.generate(some))
+    assert 0.96 * memory < torch.cuda.max_memory_allocated() - before < 1.02 * memory
