@@ -10,6 +10,7 @@ kv_cache     decoding with and without a cache of keys and values, over batch si
 ablation     what the model's additions give in the same time: trains with and without each of them
 decode_tiles what each kernel of a decode step costs, and which tiles of it are the fastest
 first_token  do several samples of one prompt draw their first token independently?
+float8       what the matrix products of a training step would gain in float8
 
 Reads  --config, --plan, --model, --tokenizer, --conversations, each of them optional: without settings the study's shape (on a
        CPU a tiny one), without a model random weights, without conversations random tokens of usual lengths; ablation needs --tokens and --tokenizer

@@ -161,8 +161,8 @@ class Engine:
         if requests:
             self.prefill.share(list({tuple(request.prompt): list(request.prompt) for _, request in requests}.values()))
         while queue or slots:
-            self._compact(slots)
-            started = self._admit(queue, slots)
+            self._compact(slots, coming=len(queue))
+            started = self._admit(queue, slots) if queue and len(slots) < self.rows else []
             burst = self._decode(slots, waiting=bool(queue))
             # The device decodes while the first tokens are handed out.
             for taken, drawn in started:
@@ -282,9 +282,9 @@ class Engine:
             return []
         return [self._special("output_start"), *self.tokenizer.encode(result), self._special("output_end")]
 
-    def _compact(self, slots: dict[int, _Job]) -> None:
-        """Move the last rows to free ones further up when fewer rows can then be decoded."""
-        rows = self._row_bucket(len(slots)) if slots else self.rows
+    def _compact(self, slots: dict[int, _Job], coming: int) -> None:
+        """Move the last rows to free ones further up when fewer rows can then be decoded, with `coming` jobs that wait for one."""
+        rows = self._row_bucket(min(self.rows, len(slots) + coming))
         free = (slot for slot in range(rows) if slot not in slots)
         pairs = [(next(free), source) for source in sorted(slots) if source >= rows]
         if not pairs:

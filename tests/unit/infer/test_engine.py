@@ -161,6 +161,20 @@ def test_a_burst_lasts_until_fewer_rows_can_be_decoded(model, monkeypatch):
     assert runs == [(19, 4), (30, 2), (10, 1)]
 
 
+@pytest.mark.parametrize(("waiting", "expected"), [(0, [(0, 3)]), (3, [])])
+def test_rows_move_only_when_that_leaves_fewer_of_them(model, recomputed, monkeypatch, waiting, expected):
+    """Three of four rows stop together: the last one becomes the first, but not when others take the rows at once."""
+    engine, moves = Engine(model, rows=4), []
+    move = engine.state.move
+    monkeypatch.setattr(engine.state, "move", lambda pairs: (moves.extend(pairs), move(pairs)))
+    whole = [recomputed(model, prompt(5, seed=i), 8) for i in range(4 + waiting)]
+    stops = [ids[2:3] if i < 3 else [] for i, ids in enumerate(whole)]
+    requests = [Request(prompt(5, seed=i), 8, stop_ids=ids) for i, ids in enumerate(stops)]
+    for ids, stop, completion in zip(whole, stops, engine.generate(requests), strict=True):
+        assert completion.ids == (ids[: ids.index(stop[0])] if stop else ids)
+    assert [pair for pair in moves if pair[1] == 3] == expected
+
+
 def test_seeds_reproduce_and_samples_differ(model):
     request = Request(prompt(6), 12, temperature=1.0, seed=11, samples=8)
     first, second = (Engine(model, rows=rows).generate([request]) for rows in (8, 3))
