@@ -60,10 +60,10 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "attention_held": (0, 1, 2, 3, 4, 5),
     "attention_stages": (1, 2, 3, 4),
     "attention_registers": (0, 112, 96, 128, 80, 64),  # those most likely to help next to no limit
-    "ahead_megabytes": (0, 8, 16, 24, 32, 48),
-    "ahead_products": (1, 2, 3),
-    "weights_ahead": (0, 1, 2),
 }
+# What the L2 cache is asked for: (megabytes of keys and values, by which product), and the weights of how many products later.
+KEYS_AHEAD = ((0, 1), *product((8, 16, 24, 48), (1, 2, 3)))
+WEIGHTS_AHEAD = (0, 1, 2)
 # Sizes that are often better changed together: one gives the room that the other needs.
 PAIRS = {
     frozenset(pair)
@@ -77,8 +77,6 @@ PAIRS = {
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
         ("attention_held", "attention_registers"),
-        ("ahead_megabytes", "ahead_products"),
-        ("ahead_megabytes", "weights_ahead"),
     )
 }
 
@@ -122,7 +120,7 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
-    for name in sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True) * 2:
+    for name in ("ahead", *sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True)) * 2:
         for plan, took in search.improve(name):
             yield row("improved", [took], kernel=name, plan=repr(plan))
     turns = [(step.times(first), step.times(plan)) for _ in range(3)]
@@ -303,8 +301,18 @@ class Search:
 
 
 def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
-    """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two."""
+    """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two.
+
+    "ahead": in what is fetched ahead, with the products as they are and in less shared memory: a product that fills a processor keeps
+    the next ones from starting there, and from fetching what they can before they wait.
+    """
     config = step.model.config
+    if name == "ahead":
+        return [
+            replace(sized, ahead_megabytes=megabytes, ahead_products=products, weights_ahead=weights)
+            for sized in dict.fromkeys((plan, _slim(plan)))
+            for (megabytes, products), weights in product(KEYS_AHEAD, WEIGHTS_AHEAD)
+        ]
     if name == "attend":
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
         return [other for other in others if holds(other, config.width // config.heads)]
@@ -319,6 +327,12 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
         if fits(tile, inner, step.rows, adds=name in ("out", "down"))
     )
     return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]
+
+
+def _slim(plan: Plan) -> Plan:
+    """With half the tiles in flight in each product of a layer."""
+    tiles = {name: getattr(plan, name) for name in PRODUCTS if name != "head"}
+    return replace(plan, **{name: replace(tile, stages=(tile.stages + 1) // 2) for name, tile in tiles.items()})
 
 
 def holds(plan: Plan, head_dim: int) -> bool:

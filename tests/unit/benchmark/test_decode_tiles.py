@@ -89,6 +89,24 @@ def test_changes_are_others_that_can_run(rows, name):
         assert fits(tile, inner, rows, adds=name in ("out", "down"))
 
 
+@pytest.mark.parametrize("rows", [1, 32, 93])
+def test_what_is_fetched_ahead_is_tried_in_all_combinations(rows):
+    """With the tiles of the plan and with fewer of them in flight; nothing else of it changes."""
+    plan = plan_for(rows)
+    found = changes(plan, "ahead", LawfulStep(rows, plan))
+    assert len(found) == len(set(found))
+    fetched = {(other.ahead_megabytes, other.ahead_products, other.weights_ahead) for other in found}
+    assert {(0, 1, 0), (16, 1, 0), (16, 3, 2), (0, 1, 1)} <= fetched
+    unchanged = {"ahead_megabytes": plan.ahead_megabytes, "ahead_products": 1, "weights_ahead": 0}
+    tiles = {dataclasses.replace(other, **unchanged) for other in found}
+    assert plan in tiles
+    for other in tiles:
+        assert dataclasses.replace(other, **{name: getattr(plan, name) for name in PRODUCTS}) == plan
+        assert all(getattr(other, name).stages <= getattr(plan, name).stages for name in PRODUCTS)
+        assert fits(other.up, 64, rows, adds=False)
+    assert len(tiles) == (1 if rows == 1 else 2)  # without tensor cores there are none in flight
+
+
 def test_tiles_that_no_device_holds_are_left_out():
     assert fits(Tile(64, 64, 64, stages=3), 3072, 93, adds=True)
     assert not fits(Tile(128, 256, 256, stages=6), 3072, 93, adds=True)  # shared memory
