@@ -1,9 +1,13 @@
 """The engine: every generation of the project, for evaluation, samples and chat.
 
 Continuous batching: the cache has a fixed number of rows. A request takes a free one, is prefilled, decodes beside the others
-and frees its row, which the next request takes; the device decodes a burst of steps, then the host looks at what was drawn.
-Several samples of one prompt are prefilled once and drawn independently, the first token too. Those with most tokens to draw
-begin first: one that begins last goes on alone at the end, which costs nearly as much as with the others beside it.
+and frees its row, which the next request takes. Several samples of one prompt are prefilled once and drawn independently, the first
+token too. Those with most tokens to draw begin first: one that begins last goes on alone at the end, which costs nearly as
+much as with the others beside it.
+
+The device decodes a burst of steps, then the host looks at what was drawn. On a GPU the next burst is launched before: a row that
+has met a stop token halts by itself, and one whose last token is on its way is free for the next request already, since
+whatever is launched comes behind it.
 """
 
 from collections import deque
@@ -24,7 +28,7 @@ from nanochat.infer.fused_prefill import FusedPrefill
 from nanochat.infer.fused_step import unusable
 from nanochat.infer.prefill import Prefill, bucket
 from nanochat.infer.requests import Completion, Request, Scored, StopReason
-from nanochat.infer.sampling import Kind
+from nanochat.infer.sampling import Kind, Sampling
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 from nanochat.transfer import Readback
@@ -33,40 +37,37 @@ MAX_BURST = 256
 PASS_TOKENS = {"cuda": PREFILL_TOKENS, "cpu": PREFILL_TOKENS // 4}  # of prompts in one pass
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    """One sample of one request, and what it has so far."""
+    """One sample of one request, what it has so far, and what of it is on its way."""
 
     request_index: int
     sample: int
     request: Request
+    sampling: Sampling
     ids: list[int] = field(default_factory=list)
-    unread: int = 0  # tokens that the device draws and the host has not looked at
-
-    @property
-    def drawn(self) -> int:
-        return len(self.ids) + self.unread
+    slot: int = -1  # its row
+    unread: int = 0  # tokens that the device draws, at most, and the host has not looked at
+    starts: int = 0  # how often it was set running: what was launched before the last time is void
+    ended: bool = False
 
     @property
     def position(self) -> int:
-        """Where the newest token stands."""
-        return len(self.request.prompt) + self.drawn - 1
+        """Where the newest token stands, if the row has not halted before."""
+        return len(self.request.prompt) + len(self.ids) + self.unread - 1
 
     @property
     def remaining(self) -> int:
-        return self.request.max_new_tokens - self.drawn
-
-
-_Taken = tuple[int, int, _Job]  # which of the prompts, the row that continues it, and its job
+        """Tokens that are still to be launched."""
+        return self.request.max_new_tokens - len(self.ids) - self.unread
 
 
 @dataclass(frozen=True)
-class _Burst:
-    """Steps that the device works on: the rows, and the job of each row with the tokens that it had when they were launched."""
+class _Launched:
+    """Tokens on their way to the host: (n, steps), -1 where a row had halted."""
 
-    rows: int
-    steps: int
-    jobs: dict[int, tuple[_Job, int]]
+    drawn: Readback
+    lines: list[tuple[int, _Job, int, int]]  # which line of them, whose it is, tokens at most, the job's `starts` then
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Engine:
         self.decoder = Decoder(model, self.cache, self.state, graphs, kernels)
         fused = FusedPrefill(self.decoder) if kernels else None
         self.prefill = Prefill(model, self.cache, min(rows, PREFILL_ROWS), PASS_TOKENS[device.type], fused)
-        # On a GPU a look at the result stalls it; a row that stops early idles until then.
-        self.burst = 16 if device.type == "cuda" else 1
+        # Steps between two looks, and bursts under way at a look: on a GPU it works on meanwhile, and a row that stops idles until then.
+        self.burst, self.ahead = (8, 1) if device.type == "cuda" else (1, 0)
         self.row_buckets = sorted({min(2**i, rows) for i in range(rows.bit_length() + 1)})
 
     def generate(self, requests: list[Request]) -> list[Completion]:
@@ -154,23 +155,26 @@ class Engine:
 
     def _run(self, requests: list[tuple[int, Request]]) -> Iterator[Event]:
         """Serve the requests; a generator that is closed half-way leaves the engine ready for the next call."""
-        jobs = [_Job(i, n, request) for i, request in requests for n in range(request.samples)]
+        jobs = [_Job(i, n, request, request.sampling(n)) for i, request in requests for n in range(request.samples)]
         queue = deque(sorted(jobs, key=lambda job: -job.remaining))
         slots: dict[int, _Job] = {}
+        launched: deque[_Launched] = deque()
         self.state.running.zero_()
         if requests:
             self.prefill.share(list({tuple(request.prompt): list(request.prompt) for _, request in requests}.values()))
-        while queue or slots:
+        while queue or slots or launched:
             self._compact(slots, coming=len(queue))
-            started = self._admit(queue, slots) if queue and len(slots) < self.rows else []
+            if queue and len(slots) < self.rows:
+                launched += self._admit(queue, slots)
             burst = self._decode(slots, waiting=bool(queue))
-            # The device decodes while the first tokens are handed out.
-            for taken, drawn in started:
-                yield from self._harvest(slots, self._first_tokens(taken, drawn))
-            yield from self._harvest(slots, self._drawn(slots, burst))
+            if burst:
+                launched.append(burst)
+            self._release(slots)
+            for _ in range(len(launched) - (self.ahead if burst else 0)):
+                yield from self._harvest(slots, launched)
 
-    def _admit(self, queue: deque[_Job], slots: dict[int, _Job]) -> list[tuple[list[_Taken], Readback]]:
-        """Prefill as many waiting jobs as rows are free; returns the rows taken, and their first tokens on the way."""
+    def _admit(self, queue: deque[_Job], slots: dict[int, _Job]) -> list[_Launched]:
+        """Prefill as many waiting jobs as rows are free, and set them running."""
         free = [slot for slot in range(self.rows) if slot not in slots]
         jobs = [queue.popleft() for _ in range(min(len(free), len(queue)))]
         by_prompt: dict[tuple[int, ...], list[_Job]] = {}
@@ -179,81 +183,81 @@ class Engine:
         prompts = [list(prompt) for prompt in by_prompt]
         started = []
         for batch in self.prefill.batches(prompts):
-            sharing = [[(free.pop(0), job) for job in by_prompt[tuple(prompts[i])]] for i in batch]
-            logits = self.prefill([prompts[i] for i in batch], [[slot for slot, _ in group] for group in sharing])
-            taken = [(source, slot, job) for source, group in enumerate(sharing) for slot, job in group]
-            slots.update({slot: job for _, slot, job in taken})
-            started.append((taken, self._start(taken, logits)))
+            sharing = [by_prompt[tuple(prompts[i])] for i in batch]
+            for job in (job for group in sharing for job in group):
+                job.slot = free.pop(0)
+                slots[job.slot] = job
+            logits = self.prefill([prompts[i] for i in batch], [[job.slot for job in group] for group in sharing])
+            started.append(
+                self._start([(source, job) for source, group in enumerate(sharing) for job in group], logits)
+            )
         return started
 
-    def _start(self, taken: list[_Taken], logits: Tensor) -> Readback:
-        """Draw the next token of rows from their source in the logits (P, V) and set them running: (n,) int64, on the way."""
+    def _start(self, jobs: list[tuple[int, _Job]], logits: Tensor) -> _Launched:
+        """Draw the next token of each job from its line of the logits (P, V), and set its row running."""
         rows = []
-        for source, slot, job in taken:
+        for source, job in jobs:
             stops = [*job.request.stop_ids, *([self._special("python_end")] if job.request.calculator else [])]
-            sampling = job.request.sampling(job.sample)
-            job.unread = 1
-            rows.append((source, slot, job.position, job.remaining, stops, sampling))
-        return Readback(self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, _, job in taken)))
+            job.unread, job.starts = 1, job.starts + 1
+            rows.append((source, job.slot, job.position, job.remaining, stops, job.sampling))
+        drawn = self.decoder.begin(logits, Arrivals.of(rows), self._kind(job for _, job in jobs))
+        return _Launched(Readback(drawn[:, None]), [(line, job, 1, job.starts) for line, (_, job) in enumerate(jobs)])
 
-    @staticmethod
-    def _first_tokens(taken: list[_Taken], drawn: Readback) -> dict[int, list[int]]:
-        """What `_start` has drawn, as `_drawn` returns it."""
-        return {slot: [token] for (_, slot, _), token in zip(taken, drawn.wait(), strict=True)}
-
-    def _decode(self, slots: dict[int, _Job], waiting: bool) -> _Burst:
-        """Launch a burst of steps. `waiting`: jobs wait for a row."""
-        jobs = slots.values()
-        burst, left = self.burst, max(job.remaining for job in jobs)
+    def _decode(self, slots: dict[int, _Job], waiting: bool) -> _Launched | None:
+        """Launch a burst of steps of the rows that have tokens left to draw, if any has. `waiting`: jobs wait for a row."""
+        jobs = [job for job in slots.values() if job.remaining]
+        if not jobs:
+            return None
+        burst = self.burst
         if burst > 1 and not any(job.request.stop_ids or job.request.calculator for job in jobs):
             # Nothing to look for on the way to where a row is free, or fewer rows are left.
-            burst = max(burst, min(MAX_BURST, self._steps_to_an_end(slots, waiting)))
-        steps = min(burst, left)
-        rows = self._row_bucket(max(slots) + 1)
-        if steps:
-            reach = max(job.position + min(steps, job.remaining) for job in jobs)
-            self.decoder.run(steps, rows, bucket(reach, self.length), self._kind(jobs))
-        return _Burst(rows, steps, {slot: (job, job.drawn) for slot, job in slots.items()})
+            burst = max(burst, min(MAX_BURST, self._steps_to_an_end(jobs, waiting)))
+        steps = min(burst, max(job.remaining for job in jobs))
+        rows = self._row_bucket(max(job.slot for job in jobs) + 1)
+        reach = max(job.position + min(steps, job.remaining) for job in jobs)
+        self.decoder.run(steps, rows, bucket(reach, self.length), self._kind(jobs))
+        lines = [(job.slot, job, min(steps, job.remaining), job.starts) for job in jobs]
+        for _, job, most, _ in lines:
+            job.unread += most
+        return _Launched(Readback(self.state.drawn[:rows, :steps]), lines)
 
-    def _steps_to_an_end(self, slots: dict[int, _Job], waiting: bool) -> int:
+    def _steps_to_an_end(self, jobs: list[_Job], waiting: bool) -> int:
         """Steps until a job has all its tokens; with none waiting, until so many have that fewer rows can be decoded, or none is left."""
-        steps = sorted(job.remaining for job in slots.values())
-        fewer = max((size for size in self.row_buckets if size < len(slots)), default=0)
-        return steps[0 if waiting else len(slots) - fewer - 1]
+        steps = sorted(job.remaining for job in jobs)
+        fewer = max((size for size in self.row_buckets if size < len(jobs)), default=0)
+        return steps[0 if waiting else len(jobs) - fewer - 1]
 
-    def _drawn(self, slots: dict[int, _Job], burst: _Burst) -> dict[int, list[int]]:
-        """What each row of a burst drew, -1 behind its end; the burst's one wait for the device.
+    @staticmethod
+    def _release(slots: dict[int, _Job]) -> None:
+        """Free the rows whose last token is launched; not where a tool's answer may still have to be put behind a call."""
+        for job in [job for job in slots.values() if not job.remaining and not job.request.calculator]:
+            del slots[job.slot]
 
-        Without the rows whose first token was an end, or a call of the tool that was answered since: they had no part in it.
-        """
-        if not burst.steps:
-            return {}
-        drawn = self.state.drawn[: burst.rows, : burst.steps].tolist()
-        went_on = (slot for slot, (job, had) in burst.jobs.items() if slots.get(slot) is job and job.drawn == had)
-        return {slot: drawn[slot] for slot in went_on}
-
-    def _harvest(self, slots: dict[int, _Job], drawn: dict[int, list[int]]) -> Iterator[Event]:
-        """Hand out what was drawn, free the rows that ended, answer tool calls."""
-        while drawn:
-            again: dict[int, list[int]] = {}
-            for slot, tokens in drawn.items():
-                job = slots[slot]
-                new, reason = self._accept(job, tokens)
-                if reason is None and job.request.calculator and job.ids[-1] == self._special("python_end"):
-                    forced = self._tool_output(job)
-                    if len(forced) < job.remaining:
-                        first = job.position
-                        job.ids += forced
-                        new += forced
-                        logits = self.prefill.extend(slot, job.ids[-len(forced) - 1 :], first)
-                        taken = [(0, slot, job)]
-                        again |= self._first_tokens(taken, self._start(taken, logits))
-                    else:
-                        reason = "length"
-                if reason is not None:
-                    del slots[slot]
-                yield Event(job.request_index, job.sample, new, reason)
-            drawn = again
+    def _harvest(self, slots: dict[int, _Job], launched: deque[_Launched]) -> Iterator[Event]:
+        """Wait for what was launched first and hand it out, free the rows that ended, answer tool calls."""
+        oldest = launched.popleft()
+        drawn = oldest.drawn.wait()
+        for line, job, most, starts in oldest.lines:
+            if job.ended or job.starts != starts:  # halted, or set running again, before this was drawn
+                continue
+            job.unread -= most
+            new, reason = self._accept(job, drawn[line][:most])
+            if reason is None and job.request.calculator and job.ids[-1] == self._special("python_end"):
+                job.unread = 0  # whatever was launched since finds the row halted
+                forced = self._tool_output(job)
+                if len(forced) < job.remaining:
+                    first = job.position
+                    job.ids += forced
+                    new += forced
+                    logits = self.prefill.extend(job.slot, job.ids[-len(forced) - 1 :], first)
+                    launched.append(self._start([(0, job)], logits))
+                else:
+                    reason = "length"
+            if reason is not None:
+                job.ended = True
+                if slots.get(job.slot) is job:
+                    del slots[job.slot]
+            yield Event(job.request_index, job.sample, new, reason)
 
     @staticmethod
     def _accept(job: _Job, tokens: list[int]) -> tuple[list[int], StopReason | None]:
@@ -265,10 +269,9 @@ class Engine:
         stop = next((i for i, token in enumerate(new) if token in stops), None) if stops else None
         new = new[:stop]
         job.ids += new
-        job.unread = 0
         if stop is not None:
             return new, "stop"
-        return new, "length" if job.remaining <= 0 else None
+        return new, "length" if len(job.ids) == job.request.max_new_tokens else None
 
     def _tool_output(self, job: _Job) -> list[int]:
         """What the calculator answers to the tool call that just ended, as tokens; nothing when it cannot."""
@@ -284,6 +287,8 @@ class Engine:
 
     def _compact(self, slots: dict[int, _Job], coming: int) -> None:
         """Move the last rows to free ones further up when fewer rows can then be decoded, with `coming` jobs that wait for one."""
+        if not slots:
+            return
         rows = self._row_bucket(min(self.rows, len(slots) + coming))
         free = (slot for slot in range(rows) if slot not in slots)
         pairs = [(next(free), source) for source in sorted(slots) if source >= rows]
@@ -291,6 +296,7 @@ class Engine:
             return
         for target, source in pairs:
             slots[target] = slots.pop(source)
+            slots[target].slot = target
         self.state.move(pairs)
         self.cache.copy_rows(self.cache, pairs, max(slots[target].position for target, _ in pairs))
 
@@ -299,7 +305,7 @@ class Engine:
 
     @staticmethod
     def _kind(jobs: Iterable[_Job]) -> Kind:
-        return Kind.of([job.request.sampling(job.sample) for job in jobs])
+        return Kind.of([job.sampling for job in jobs])
 
     def _special(self, name: str) -> int:
         return self.tokenizer.special(f"<|{name}|>")

@@ -53,13 +53,16 @@ def calculating(tokenizer) -> GPT:
     return chain_model(tokenizer, links | chain(tokenizer, "<|output_end|>", "ok", "<|assistant_end|>"))
 
 
-@pytest.mark.parametrize("burst", [1, 16])
-def test_the_calculator_answers_the_model(tokenizer, calculating, burst):
+@pytest.mark.parametrize(("burst", "ahead"), [(1, 0), (16, 0), (16, 1), (2, 1), (1, 3)])
+def test_the_calculator_answers_the_model(tokenizer, calculating, burst, ahead):
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "What is 2 * 3?"}])
     request = Request(prompt, 60, stop_ids=stop_ids(tokenizer), calculator=True)
     engine = Engine(calculating, tokenizer, rows=3)
-    engine.burst = burst  # as on a GPU: the row waits in the middle of a burst
-    completion = engine.generate([Request(prompt, 20), request])[1]
+    engine.burst, engine.ahead = (
+        burst,
+        ahead,
+    )  # as on a GPU: the row waits in the middle of a burst, and through the next
+    completion = engine.generate([Request(prompt, 20), request, *[Request(prompt, 5 + i) for i in range(4)]])[1]
     parts = [
         {"type": "text", "text": "It "},
         {"type": "python", "text": "2*3"},
@@ -86,9 +89,15 @@ def test_a_call_that_is_no_arithmetic_gets_no_answer(tokenizer):
 
 def test_a_call_at_the_end_of_the_room_is_not_answered(tokenizer, calculating):
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "?"}])
+    waiting = [Request(prompt, 3), Request(prompt, 2)]  # they take the row as soon as it is free
     for room in range(1, 15):
-        completion = Engine(calculating, tokenizer, rows=1).generate([Request(prompt, room, calculator=True)])[0]
-        assert len(completion.ids) <= room
+        found = []
+        for burst, ahead in ((1, 0), (16, 1), (2, 1)):
+            engine = Engine(calculating, tokenizer, rows=1)
+            engine.burst, engine.ahead = burst, ahead
+            found.append([c.ids for c in engine.generate([Request(prompt, room, calculator=True), *waiting])])
+        assert found == found[:1] * 3
+        assert len(found[0][0]) <= room
 
 
 def test_without_the_calculator_a_call_is_text(tokenizer, calculating):

@@ -81,14 +81,19 @@ def test_output_does_not_depend_on_the_other_rows(model):
     st.lists(st.tuples(st.integers(1, 130), st.integers(1, 20)), min_size=1, max_size=8),
     st.integers(1, 6),
     st.sampled_from([1, 3, 16]),
+    st.sampled_from([0, 1, 2]),
+    st.lists(st.integers(0, VOCAB - 1), max_size=3),
 )
-def test_any_mixture_of_lengths_equals_recompute(model, recomputed, sizes, rows, burst):
-    """Whatever the lengths, the number of rows and how often the host looks."""
-    requests = [Request(prompt(size, seed=i), new) for i, (size, new) in enumerate(sizes)]
+def test_any_mixture_of_lengths_equals_recompute(model, recomputed, sizes, rows, burst, ahead, stops):
+    """Whatever the lengths, the number of rows, how often the host looks and how far the device is then; every other row may stop."""
+    requests = [Request(prompt(size, seed=i), new, stop_ids=stops[: i % 2 * 3]) for i, (size, new) in enumerate(sizes)]
     engine = Engine(model, rows=rows)
-    engine.burst = burst
-    expected = [recomputed(model, request.prompt, request.max_new_tokens) for request in requests]
-    assert [completion.ids for completion in engine.generate(requests)] == expected
+    engine.burst, engine.ahead = burst, ahead
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        whole = recomputed(model, request.prompt, request.max_new_tokens)
+        stop = next((i for i, token in enumerate(whole) if token in request.stop_ids), None)
+        assert completion.ids == whole[:stop]
+        assert completion.stop_reason == ("length" if stop is None else "stop")
 
 
 def test_an_engine_used_before_gives_the_same(model):
@@ -99,8 +104,10 @@ def test_an_engine_used_before_gives_the_same(model):
     assert engine.generate([request])[0].ids == first
 
 
-def test_a_stream_left_half_way_leaves_the_engine_usable(model, recomputed):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_stream_left_half_way_leaves_the_engine_usable(model, recomputed, ahead):
     engine, request = Engine(model, rows=2), Request(prompt(9), 20)
+    engine.ahead = ahead
     stream = engine.stream(request)
     first = [next(stream) for _ in range(3)]
     stream.close()
@@ -119,9 +126,11 @@ def test_generation_ends_before_a_stop_token(model, recomputed):
 def test_bursts_change_nothing(model):
     """On a GPU the host looks every 16 steps only: what a row draws behind its stop token must not show."""
     requests = [Request(prompt(3 + i, seed=i), 5 + 4 * i, temperature=1.0, seed=i, stop_ids=[7, 50]) for i in range(12)]
-    single, bursts = Engine(model, rows=3), Engine(model, rows=3)
-    bursts.burst = 16
-    assert single.generate(requests) == bursts.generate(requests)
+    single = Engine(model, rows=3).generate(requests)
+    for burst, ahead in ((16, 0), (16, 1), (8, 1), (1, 3)):
+        engine = Engine(model, rows=3)
+        engine.burst, engine.ahead = burst, ahead
+        assert engine.generate(requests) == single
 
 
 class Replayed:
@@ -136,13 +145,13 @@ class Replayed:
             self.result.copy_(again)
 
 
-@pytest.mark.parametrize("burst", [16, 64])
-def test_captures_change_nothing(model, recomputed, monkeypatch, burst):
+@pytest.mark.parametrize(("burst", "ahead"), [(16, 0), (64, 0), (8, 1)])
+def test_captures_change_nothing(model, recomputed, monkeypatch, burst, ahead):
     """Lengths that are no multiple of the steps captured in a row: what is captured in between must not touch what was drawn."""
     monkeypatch.setattr(decoder, "captured", lambda work, pool: ((graph := Replayed(work)), graph.result))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     engine = Engine(model, rows=3, graphs=True)
-    engine.burst = burst
+    engine.burst, engine.ahead = burst, ahead
     for new in (13, 24, 7, 1, 31):
         requests = [Request(prompt(5 + i, seed=i), new - i % 2) for i in range(5) if new > i % 2]
         for request, completion in zip(requests, engine.generate(requests), strict=True):
@@ -248,12 +257,13 @@ def test_memory_stays_flat_over_ten_thousand_requests(tiny_model):
     assert resident_bytes() - before < 16 * 2**20
 
 
-@pytest.mark.parametrize("burst", [1, 2])
+@pytest.mark.parametrize(("burst", "ahead"), [(1, 0), (2, 0), (2, 1), (1, 2)])
 @pytest.mark.parametrize("place", [0, 10])
-def test_a_freed_row_is_taken_by_the_next_request_at_once(model, monkeypatch, burst, place):
-    """Ten short requests pass through one row while a long one keeps the other: no step is added for them, nor for it."""
+def test_a_freed_row_is_taken_by_the_next_request_at_once(model, monkeypatch, burst, ahead, place):
+    """Ten short requests pass through one row while a long one keeps the other: no step is added for them, nor for it, however far
+    the device is ahead of the host."""
     engine, steps = Engine(model, rows=2), []
-    engine.burst = burst
+    engine.burst, engine.ahead = burst, ahead
     run = engine.decoder.run
     monkeypatch.setattr(engine.decoder, "run", lambda count, *rest: steps.append(count) or run(count, *rest))
     requests = [Request(prompt(5, i), 4) for i in range(10)]
@@ -272,6 +282,23 @@ def test_the_device_has_work_while_the_first_tokens_are_handed_out(model, recomp
     assert ids + list(stream) == recomputed(model, prompt(8), 5)
     assert list(engine.stream(Request(prompt(8), 1))) == ids
     assert launched == [1, 1, 1, 1]  # nothing for a row that has all its tokens
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_host_looks_at_a_burst_while_the_next_is_under_way(model, recomputed, monkeypatch, ahead):
+    engine, launched = Engine(model, rows=1), []
+    engine.burst, engine.ahead = 3, ahead
+    run = engine.decoder.run
+    monkeypatch.setattr(engine.decoder, "run", lambda count, *rest: launched.append(count) or run(count, *rest))
+    whole = recomputed(model, prompt(8), 11)
+    never = min(set(range(VOCAB)) - set(whole))  # to be looked for all the same
+    ids, seen = [], []
+    for token in engine.stream(Request(prompt(8), 11, stop_ids=[never])):
+        ids.append(token)
+        seen.append(sum(launched))
+    assert ids == whole
+    read = [0, *[3] * 3, *[6] * 3, *[9] * 3, 10]  # steps whose tokens have been handed out
+    assert seen == [min(10, so_far + 3 * (1 if i == 0 else ahead)) for i, so_far in enumerate(read)]
 
 
 @pytest.mark.parametrize("burst", [1, 16])
