@@ -98,8 +98,8 @@ def _normed(source, inside, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "capacity"])
 def attend(
-    qkv,  # (R, STRIDE): H + 2 KV heads of D; GATED: then KV gates
-    keys,  # (rows, L, KV, D), as KVCache lays them out: (rows, KV, L, D) in memory
+    qkv,  # (R, STRIDE): 3 H heads of D, of queries, keys and values; GATED: then H gates
+    keys,  # (rows, L, H, D), as KVCache lays them out: (rows, H, L, D) in memory
     values,
     out,  # (R, H, D); SPLITS > 1: (SPLITS, capacity, H, D) float32, not normalised
     totals,  # SPLITS > 1: (SPLITS, capacity, H) float32, sums of exponentials
@@ -107,39 +107,148 @@ def attend(
     sin,
     position,  # (R,) int64, of the new token
     running,  # (R,) bool
-    token,  # (R,) int64, the new token     ]
-    embedding,  # (V, KV, D), of values     ] for GATED
+    token,  # (R,) int64, the new token   ]
+    embedding,  # (V, H, D), of values    ] for GATED
     length,  # L
     capacity,
     STRIDE: tl.constexpr,
     GATED: tl.constexpr,
     WINDOW: tl.constexpr,  # keys that a query sees, its own among them; 0: all
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # queries of one head of keys: 1, or padded to a tensor core's tile
     BLOCK_T: tl.constexpr,
+    LINES: tl.constexpr,  # of a tile's positions that all threads together read at once; divides BLOCK_T
     SPLITS: tl.constexpr,
     HELD: tl.constexpr,  # tiles fetched into registers before the wait
     STAGES: tl.constexpr,  # tiles in flight of those that follow
     PDL: tl.constexpr,
 ):
-    """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, KV, SPLITS).
+    """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, H, SPLITS).
 
     The filled positions that it sees are divided among the splits in whole tiles; the new token belongs to the first split. A row that
-    has halted reads and stores nothing.
+    has halted reads and stores nothing. Every head has keys of its own; where several share them it is `attend_in_groups`.
+
+    A tile is (LINES, BLOCK_T / LINES, D), and a thread has the same places of D in all of its positions. So it loads these of the query,
+    the new key and value itself, and has sums of its own: nothing passes between threads but what a score needs, until all are added up.
     """
     start(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    d, query, t = tl.arange(0, D), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_T)
+    alive, here, first, last = _seen(position, running, row, split, length, WINDOW, SPLITS, BLOCK_T)
+    side = (row.to(tl.int64) * HEADS + head) * length * D
+    keys += side
+    values += side
+    line = tl.arange(0, LINES)[:, None]
+    t = line + tl.arange(0, BLOCK_T // LINES)[None, :] * LINES
+    d = tl.arange(0, D)[None, None, :]
+    at = t[:, :, None] * D + d
+    held_k, held_v = (), ()
+    for tile in tl.static_range(HELD):
+        there = (first + tile * BLOCK_T + t < last)[:, :, None]
+        held_at = (first + tile * BLOCK_T) * D + at
+        held_k = held_k + (tl.load(keys + held_at, mask=there, other=0.0),)  # noqa: RUF005
+        held_v = held_v + (tl.load(values + held_at, mask=there, other=0.0),)  # noqa: RUF005
+    own = line[:, :, None] * 0 + d  # (LINES, 1, D), the same in each line
+    other = line[:, :, None] * 0 + (d + D // 2) % D
+    turn_cos = tl.load(cos + here * (D // 2) + own % (D // 2)).to(tl.float32)
+    turn_sin = tl.load(sin + here * (D // 2) + own % (D // 2)).to(tl.float32)
+    turn_sin = tl.where(own < D // 2, turn_sin, -turn_sin)
+    if GATED:
+        added = tl.load(embedding + (tl.load(token + row) * HEADS + head) * D + own)
+    wait(PDL)
+    q_at = qkv + row * STRIDE + head * D
+    k_at, v_at = q_at + HEADS * D, q_at + 2 * HEADS * D
+    q = tl.load(q_at + own).to(tl.float32) * turn_cos + tl.load(q_at + other).to(tl.float32) * turn_sin
+    new_k = tl.load(k_at + own).to(tl.float32) * turn_cos + tl.load(k_at + other).to(tl.float32) * turn_sin
+    new_v = tl.load(v_at + own)
+    if GATED:
+        share = 3 * tl.sigmoid(tl.load(qkv + row * STRIDE + 3 * HEADS * D + head).to(tl.float32))
+        new_v = (new_v.to(tl.float32) + share * added.to(tl.float32)).to(new_v.dtype)
+    # Rounded as the cache rounds keys, and the model queries.
+    q = (q * tl.rsqrt(tl.sum(q * q, 2) / D + EPSILON)[:, :, None]).to(keys.dtype.element_ty).to(tl.float32)
+    new_k = (new_k * tl.rsqrt(tl.sum(new_k * new_k, 2) / D + EPSILON)[:, :, None]).to(keys.dtype.element_ty)
+    SCALE: tl.constexpr = D**-0.5 * LOG2_E
+    SHIFT: tl.constexpr = SCALE * D - 15.0 if SCALE * D > 15.0 else 0.0  # as `attend_in_groups` says
+    owner, once = split == 0, line == 0
+    if owner & alive:
+        tl.store(keys + here * D + own, new_k, mask=once[:, :, None])
+        tl.store(values + here * D + own, new_v, mask=once[:, :, None])
+    p = tl.where(once & owner, tl.exp2(tl.sum(q * new_k.to(tl.float32), 2) * SCALE - SHIFT), 0.0)  # (LINES, 1)
+    total, mixed = tl.sum(p, 1), tl.sum(p[:, :, None] * new_v.to(tl.float32), 1)  # (LINES,), (LINES, D)
+    for tile in tl.static_range(HELD):
+        begin = first + tile * BLOCK_T
+        if begin < last:
+            total, mixed = _attend_tile(q, held_k[tile], held_v[tile], begin + t < last, total, mixed, SCALE, SHIFT)
+    for begin in tl.range(first + HELD * BLOCK_T, last, BLOCK_T, num_stages=STAGES):
+        seen = begin + t < last
+        k = tl.load(keys + begin * D + at, mask=seen[:, :, None], other=0.0)
+        v = tl.load(values + begin * D + at, mask=seen[:, :, None], other=0.0)
+        total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT)
+    total, mixed = tl.sum(total, 0), tl.sum(mixed, 0)
+    place = row * HEADS + head
+    if SPLITS == 1:
+        tl.store(out + place * D + tl.arange(0, D), (mixed / total).to(out.dtype.element_ty))
+    else:
+        place += split * capacity * HEADS
+        tl.store(out + place * D + tl.arange(0, D), mixed)
+        tl.store(totals + place, total)
+
+
+@triton.jit
+def _attend_tile(q, k, v, seen, total, mixed, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """One tile of keys and values joins the sums: (LINES, n, D), seen (LINES, n), total (LINES,), mixed (LINES, D)."""
+    scores = tl.sum(k.to(tl.float32) * q, 2) * SCALE - SHIFT
+    p = tl.where(seen, tl.exp2(scores), 0.0)
+    return total + tl.sum(p, 1), mixed + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
+
+
+@triton.jit
+def _seen(
+    position, running, row, split, length, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Whether a row runs, where its new token stands, and which of the positions before that belong to a split: first, behind the last."""
     alive = tl.load(running + row).to(tl.int1)
     here = tl.minimum(tl.load(position + row), length - 1).to(tl.int32)
     filled = tl.where(alive, here, 0)
     oldest = tl.maximum(filled - (WINDOW - 1), 0) if WINDOW else filled * 0
     chunk = tl.cdiv(tl.cdiv(filled - oldest, SPLITS), BLOCK_T) * BLOCK_T
     first = oldest + split * chunk
-    last = tl.minimum(first + chunk, filled)
+    return alive, here, first, tl.minimum(first + chunk, filled)
+
+
+@triton.jit(do_not_specialize=["length", "capacity"])
+def attend_in_groups(
+    qkv,  # (R, STRIDE): H + 2 KV heads of D; GATED: then KV gates
+    keys,  # (rows, L, KV, D), and all that follows as in `attend`, with KV heads of keys and values
+    values,
+    out,
+    totals,
+    cos,
+    sin,
+    position,
+    running,
+    token,
+    embedding,
+    length,
+    capacity,
+    STRIDE: tl.constexpr,
+    GATED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # queries of one head of keys, padded to a tensor core's tile
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HELD: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`attend` where several queries share a head of keys, on tensor cores. Grid (R, KV, SPLITS)."""
+    start(PDL)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    d, query, t = tl.arange(0, D), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_T)
+    alive, here, first, last = _seen(position, running, row, split, length, WINDOW, SPLITS, BLOCK_T)
     side = (row.to(tl.int64) * KV_HEADS + head) * length * D
     keys += side
     values += side
@@ -179,47 +288,34 @@ def attend(
         tl.store(keys + here * D + d, new_k)
         tl.store(values + here * D + d, new_v)
     p = tl.exp2(tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE - SHIFT)  # (BLOCK_G,)
-    new_share = tl.where(owner, p, 0.0)
-    new_mixed = tl.where(owner, new_share[:, None] * new_v.to(tl.float32)[None, :], 0.0)
-    # With one query each position has its own sums, which are added up at the end: until then nothing passes between threads
-    # but what a score needs. With several, tensor cores.
-    SUMS: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
-    total, mixed = tl.zeros((SUMS,), tl.float32), tl.zeros((SUMS, D), tl.float32)
+    total = tl.where(owner, p, 0.0)
+    mixed = tl.where(owner, p[:, None] * new_v.to(tl.float32)[None, :], 0.0)
     for tile in tl.static_range(HELD):
         begin = first + tile * BLOCK_T
         if begin < last:
-            total, mixed = _attend_tile(
-                q, held_k[tile], held_v[tile], begin + t < last, total, mixed, SCALE, SHIFT, BLOCK_G
+            total, mixed = _attend_tile_of_groups(
+                q, held_k[tile], held_v[tile], begin + t < last, total, mixed, SCALE, SHIFT
             )
     for begin in tl.range(first + HELD * BLOCK_T, last, BLOCK_T, num_stages=STAGES):
         seen = begin + t < last
         k = tl.load(keys + begin * D + at, mask=seen[:, None], other=0.0)
         v = tl.load(values + begin * D + at, mask=seen[:, None], other=0.0)
-        total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT, BLOCK_G)
-    if BLOCK_G == 1:
-        total, mixed = tl.sum(total, 0)[None], tl.sum(mixed, 0)[None, :]
-    total += new_share
-    mixed += new_mixed
-    heads = head * GROUP + query
+        total, mixed = _attend_tile_of_groups(q, k, v, seen, total, mixed, SCALE, SHIFT)
+    place = row * HEADS + head * GROUP + query
     if SPLITS == 1:
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (row * HEADS + heads)[:, None] * D + d[None, :], result, mask=real)
+        tl.store(out + place[:, None] * D + d[None, :], result, mask=real)
     else:
-        place = (split * capacity + row) * HEADS + heads
+        place += split * capacity * HEADS
         tl.store(out + place[:, None] * D + d[None, :], mixed, mask=real)
         tl.store(totals + place, total, mask=query < GROUP)
 
 
 @triton.jit
-def _attend_tile(q, k, v, seen, total, mixed, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_G: tl.constexpr):
-    """One tile of keys and values joins the sums."""
-    if BLOCK_G == 1:
-        scores = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1) * SCALE - SHIFT  # (BLOCK_T,)
-        p = tl.where(seen, tl.exp2(scores), 0.0)
-        return total + p, mixed + p[:, None] * v.to(tl.float32)
-    else:
-        p = tl.where(seen[None, :], tl.exp2(tl.dot(q, k.T) * SCALE - SHIFT), 0.0)  # (BLOCK_G, BLOCK_T)
-        return total + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, mixed)
+def _attend_tile_of_groups(q, k, v, seen, total, mixed, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """One tile of keys and values joins the sums of all queries: (BLOCK_T, D), total (BLOCK_G,), mixed (BLOCK_G, D)."""
+    p = tl.where(seen[None, :], tl.exp2(tl.dot(q, k.T) * SCALE - SHIFT), 0.0)  # (BLOCK_G, BLOCK_T)
+    return total + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, mixed)
 
 
 @triton.jit(do_not_specialize=["capacity"])

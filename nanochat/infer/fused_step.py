@@ -323,7 +323,15 @@ class FusedStep:
         if splits > 1:
             out = self._part("attention", splits, self.capacity, self.width)
             totals = self._part("totals", splits, self.capacity, config.heads)
-        self.kernels.attend[(rows, config.kv_heads, splits)](
+        group, positions = config.heads // config.kv_heads, max(16, plan.positions * 64 // max(64, self.head_dim))
+        if group == 1:
+            kernel, heads = self.kernels.attend, (config.heads,)
+            # A thread loads 16 bytes at once.
+            cut = (positions, min(positions, max(1, 32 * plan.attention_warps * 8 // self.head_dim)))
+        else:
+            kernel, heads = self.kernels.attend_in_groups, (config.heads, config.kv_heads)
+            cut = (max(16, _power_of_two(group)), positions)
+        kernel[(rows, config.kv_heads, splits)](
             self.qkv,
             self.cache.keys[layer],
             self.cache.values[layer],
@@ -340,11 +348,9 @@ class FusedStep:
             len(self.weights[4 * layer]),
             embedding is not None,
             self.windows[layer] or 0,
-            config.heads,
-            config.kv_heads,
+            *heads,
             self.head_dim,
-            1 if config.heads == config.kv_heads else max(16, _power_of_two(config.heads // config.kv_heads)),
-            max(16, plan.positions * 64 // max(64, self.head_dim)),
+            *cut,
             splits,
             HELD=plan.attention_held,
             STAGES=plan.attention_stages,

@@ -189,11 +189,18 @@ def test_programs_share_all_bytes_of_what_is_fetched_ahead(size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 32), (4, 1, 64)])
 @pytest.mark.parametrize(
-    ("splits", "tile", "held", "stages", "window"),
-    [(1, 32, 1, 1, 0), (1, 16, 0, 3, 17), (3, 16, 1, 2, 0), (4, 32, 2, 1, 0), (3, 16, 4, 1, 40), (2, 16, 0, 1, 1)],
+    ("splits", "tile", "lines", "held", "stages", "window"),
+    [
+        (1, 32, 8, 1, 1, 0),
+        (1, 16, 16, 0, 3, 17),
+        (3, 16, 4, 1, 2, 0),
+        (4, 32, 32, 2, 1, 0),
+        (3, 16, 1, 4, 1, 40),
+        (2, 16, 8, 0, 1, 1),
+    ],
 )
 def test_attention_reads_what_is_seen_and_stores_the_new_token(
-    dtype, heads, kv_heads, head_dim, splits, tile, held, stages, window
+    dtype, heads, kv_heads, head_dim, splits, tile, lines, held, stages, window
 ):
     """Rows at the first, the last and other positions, in caches that are NaN where nothing is filled or the window does not
     reach; a halted row stores nothing."""
@@ -215,9 +222,13 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
     before = all_keys.clone()
     out = Guarded(rows, heads, head_dim, dtype=dtype)
     parts, totals = Guarded(splits, capacity, heads, head_dim), Guarded(splits, capacity, heads)
-    kernels.attend[(rows, kv_heads, splits)](
+    if heads == kv_heads:
+        kernel, cut = kernels.attend, (heads, head_dim, tile, lines)
+    else:
+        kernel, cut = kernels.attend_in_groups, (heads, kv_heads, head_dim, 16, tile)
+    kernel[(rows, kv_heads, splits)](
         qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, totals.tensor, cos, sin, position, running,
-        position, qkv, length, capacity, qkv[0].numel(), False, window, heads, kv_heads, head_dim, 1 if heads == kv_heads else 16, tile, splits, HELD=held, STAGES=stages, num_warps=2, **PDL,
+        position, qkv, length, capacity, qkv[0].numel(), False, window, *cut, splits, HELD=held, STAGES=stages, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(rows, heads)](
