@@ -26,6 +26,7 @@ import torch
 
 from nanochat.benchmark.roofline import Rates, cached_step
 from nanochat.benchmark.timing import seconds_of, spread
+from nanochat.infer import fused_step
 from nanochat.infer.decode import Rows
 from nanochat.infer.decoder import STEPS_IN_A_ROW, captured
 from nanochat.infer.fused_step import FusedStep, Plan, Tile, plan_for
@@ -34,7 +35,7 @@ from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
 from nanochat.progress import say
 
-PRODUCTS = ("qkv", "out", "up", "down", "head")
+PRODUCTS = (*fused_step.PRODUCTS, "head")
 KERNELS = (*PRODUCTS, "attend", "finish")
 GREEDY = Kind(greedy=True, cut=False, filtered=False)
 SEARCH_SECONDS = 240.0  # at a batch size
@@ -331,7 +332,7 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
 
 def _slim(plan: Plan) -> Plan:
     """With half the tiles in flight in each product of a layer."""
-    tiles = {name: getattr(plan, name) for name in PRODUCTS if name != "head"}
+    tiles = {name: getattr(plan, name) for name in fused_step.PRODUCTS}
     return replace(plan, **{name: replace(tile, stages=(tile.stages + 1) // 2) for name, tile in tiles.items()})
 
 

@@ -74,9 +74,8 @@ class Plan:
     attention_warps: int
     attention_held: int  # tiles of keys and values fetched before waiting for the queries
     attention_stages: int = 1  # tiles in flight of those that follow
-    attention_registers: int = (
-        0  # a thread may use, so that more programs wait side by side; 0: as many as the compiler likes
-    )
+    # That a thread may use, so that more programs wait side by side; 0: as many as the compiler likes.
+    attention_registers: int = 0
     # Of a layer's keys and values, of all rows together, that the L2 cache is asked for before its attention, while the memory
     # idles: by the product right before it (1), or by the one (2) or two (3) before that.
     ahead_megabytes: int = 0

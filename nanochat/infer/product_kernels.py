@@ -85,29 +85,6 @@ def matmul(
         held = ()
         for step in tl.static_range(STEPS):
             held = held + (tl.load(w_at + step * BLOCK_K, mask=inside[:, None], other=0.0).to(tl.float32),)  # noqa: RUF005
-        if LATER:
-            fetch_share(later, later_bytes, program, programs, LATER, THREADS)
-        fetch_filled(
-            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
-            THREADS,
-        )  # fmt: skip
-        wait(PDL)
-        for m in tl.static_range(BLOCK_M):
-            if first_row + m < rows:
-                row = first_row + m + tl.arange(0, 1)
-                there = row < rows
-                sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
-                before = _before(out, row, column, there, inside, N, EPILOGUE)
-                # Each thread loads what it multiplies: a tile of x like that of the weights, so that none is passed around.
-                x_at = x + (first_row + m) * K + inner + tl.zeros((BLOCK_N, 1), tl.int32)
-                products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-                for step in tl.static_range(STEPS):
-                    products += tl.load(x_at + step * BLOCK_K).to(tl.float32) * held[step]
-                _end(
-                    tl.sum(products, 1)[None, :], sums, before, row, there, first_row + m, column, inside, block, split, out, index,
-                    squares_out, temperature, seed, position, shares, arrived, capacity, blocks, softcap, N, K, BLOCK_N, SPLITS,
-                    NORMED, EPILOGUE,
-                )  # fmt: skip
     else:
         row = first_row + tl.arange(0, BLOCK_M)
         there = row < rows
@@ -129,13 +106,31 @@ def matmul(
             SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
             tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
             fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
-        if LATER:
-            fetch_share(later, later_bytes, program, programs, LATER, THREADS)
-        fetch_filled(
-            ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
-            THREADS,
-        )  # fmt: skip
-        wait(PDL)
+    if LATER:
+        fetch_share(later, later_bytes, program, programs, LATER, THREADS)
+    fetch_filled(
+        ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
+        THREADS,
+    )  # fmt: skip
+    wait(PDL)
+    if BLOCK_M < 16:
+        for m in tl.static_range(BLOCK_M):
+            if first_row + m < rows:
+                row = first_row + m + tl.arange(0, 1)
+                there = row < rows
+                sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
+                before = _before(out, row, column, there, inside, N, EPILOGUE)
+                # Each thread loads what it multiplies: a tile of x like that of the weights, so that none is passed around.
+                x_at = x + (first_row + m) * K + inner + tl.zeros((BLOCK_N, 1), tl.int32)
+                products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                for step in tl.static_range(STEPS):
+                    products += tl.load(x_at + step * BLOCK_K).to(tl.float32) * held[step]
+                _end(
+                    tl.sum(products, 1)[None, :], sums, before, row, there, first_row + m, column, inside, block, split, out, index,
+                    squares_out, temperature, seed, position, shares, arrived, capacity, blocks, softcap, N, K, BLOCK_N, SPLITS,
+                    NORMED, EPILOGUE,
+                )  # fmt: skip
+    else:
         sums = _sums(squares, row, there, parts, capacity, NORMED, PARTS)
         before = _before(out, row, column, there, inside, N, EPILOGUE)
         if STAGES == 0:
