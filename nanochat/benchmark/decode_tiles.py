@@ -9,8 +9,9 @@ without_ahead  nothing fetched ahead for the attention to come; more than the st
 improved       with one change of the plan that made it faster, as the search goes on
 tuned          with the best plan found, timed in turns with the first one
 
-The search changes one tile at a time, one or two of its sizes at a time or all to those of another number of rows, keeps what
-is faster by more than the noise, and ends where no such change is left, or when its time is used up. A plan whose kernels compute
+The search tries the whole plans of other numbers of rows, then changes one tile at a time, one or two of its sizes at a time or all
+to those of another number of rows, keeps what is faster by more than the noise, and ends where no such change is left, or when its
+time is used up. A plan whose kernels compute
 something else is not taken. Plans that do not run, too large for the device for one, are counted in `failed`, by what they raised.
 """
 
@@ -36,6 +37,7 @@ from nanochat.model.gpt import GPT
 from nanochat.progress import say
 
 PRODUCTS = (*fused_step.PRODUCTS, "head")
+ADDED = ("out", "down")  # to the stream, so that parts of K can be too
 KERNELS = (*PRODUCTS, "attend", "finish")
 GREEDY = Kind(greedy=True, cut=False, filtered=False)
 SEARCH_SECONDS = 240.0  # at a batch size
@@ -121,7 +123,8 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
-    for name in ("ahead", *sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True)) * 2:
+    tiles = sorted((*PRODUCTS, "attend"), key=costs.__getitem__, reverse=True)
+    for name in ("whole", *("ahead", *tiles) * 2):
         for plan, took in search.improve(name):
             yield row("improved", [took], kernel=name, plan=repr(plan))
     turns = [(step.times(first), step.times(plan)) for _ in range(3)]
@@ -304,10 +307,12 @@ class Search:
 def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two.
 
-    "ahead": in what is fetched ahead, with the products as they are and in less shared memory: a product that fills a processor keeps
+    "whole": in everything, the plans of other numbers of rows. "ahead": in what is fetched ahead, with the products as they are and in less shared memory: a product that fills a processor keeps
     the next ones from starting there, and from fetching what they can before they wait.
     """
     config = step.model.config
+    if name == "whole":
+        return _others(plan, step)
     if name == "ahead":
         return [
             replace(sized, ahead_megabytes=megabytes, ahead_products=products, weights_ahead=weights)
@@ -317,17 +322,43 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     if name == "attend":
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
         return [other for other in others if holds(other, config.width // config.heads)]
-    inner = 4 * config.width if name == "down" else config.width
+    inner = _inner(name, step)
     neighbours = [
         replace(getattr(plan, name), **changed) for changed in _neighbours(vars(getattr(plan, name)), SIZES, PAIRS)
     ]
-    elsewhere = [getattr(plan_for(rows), name) for rows in OTHER_ROWS]
+    elsewhere = [_widened(getattr(plan_for(rows), name), step.rows) for rows in OTHER_ROWS]
     tiles = dict.fromkeys(
         tile
         for tile in (_mended(tile).fitted(inner) for tile in (*neighbours, *elsewhere))
-        if fits(tile, inner, step.rows, adds=name in ("out", "down"))
+        if fits(tile, inner, step.rows, adds=name in ADDED)
     )
     return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]
+
+
+def _others(plan: Plan, step: TimedStep) -> list[Plan]:
+    """The plans of OTHER_ROWS, with tiles as high as this step's rows ask for; those of which all tiles fit."""
+    found = []
+    for rows in OTHER_ROWS:
+        other = plan_for(rows)
+        tiles = {name: _widened(getattr(other, name), step.rows).fitted(_inner(name, step)) for name in PRODUCTS}
+        if all(fits(tile, _inner(name, step), step.rows, name in ADDED) for name, tile in tiles.items()):
+            found.append(replace(other, **tiles))
+    return [other for other in dict.fromkeys(found) if other != plan]
+
+
+def _widened(tile: Tile, rows: int) -> Tile:
+    """The tile as high as rows in all, if it is for few rows; no higher than them, if it is for more."""
+    return replace(tile, m=_power_of_two(rows) if tile.m < 16 else min(tile.m, max(16, _power_of_two(rows))))
+
+
+def _inner(name: str, step: TimedStep) -> int:
+    """K of a product."""
+    return step.model.config.width * (4 if name == "down" else 1)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def _slim(plan: Plan) -> Plan:
@@ -366,7 +397,7 @@ def fits(tile: Tile, inner: int, rows: int, adds: bool) -> bool:
     """
     if tile.splits > 1 and not adds:
         return False
-    most = max(1 << (rows - 1).bit_length(), 16 if tile.m >= 16 else 1)
+    most = max(_power_of_two(rows), 16 if tile.m >= 16 else 1)
     if tile.m > most or (tile.m < 16 and rows > 8) or (tile.m >= 16 and tile.n < 8):
         return False
     threads, part = 32 * tile.warps, inner // tile.splits

@@ -107,6 +107,21 @@ def test_what_is_fetched_ahead_is_tried_in_all_combinations(rows):
     assert len(tiles) == (1 if rows == 1 else 2)  # without tensor cores there are none in flight
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8, 32, 93])
+def test_plans_of_other_numbers_of_rows_are_tried_whole(rows):
+    """Each other one, as high as the rows at hand, if all of its tiles can run."""
+    plan, step = plan_for(rows), LawfulStep(rows, plan_for(rows))
+    found = changes(plan, "whole", step)
+    assert plan not in found
+    heights = {other.up.m for other in found}
+    assert (min(heights) == rows) == (rows in (1, 4, 8))  # without tensor cores too, where rows are few
+    assert max(heights) == {1: 16, 4: 16, 8: 16, 32: 32, 93: 64}[rows]
+    assert len({other.attention_warps for other in found}) > 1
+    for other in found:
+        for name in PRODUCTS:
+            assert fits(getattr(other, name), 256 if name == "down" else 64, rows, adds=name in ("out", "down"))
+
+
 def test_tiles_that_no_device_holds_are_left_out():
     assert fits(Tile(64, 64, 64, stages=3), 3072, 93, adds=True)
     assert not fits(Tile(128, 256, 256, stages=6), 3072, 93, adds=True)  # shared memory
