@@ -30,7 +30,7 @@ from nanochat.benchmark.timing import seconds_of, spread
 from nanochat.infer import fused_step
 from nanochat.infer.decode import Rows
 from nanochat.infer.decoder import STEPS_IN_A_ROW, captured
-from nanochat.infer.fused_step import FusedStep, Plan, Tile, plan_for
+from nanochat.infer.fused_step import FEWEST_HEAD_COLUMNS, FusedStep, Plan, Tile, plan_for
 from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
@@ -58,15 +58,15 @@ SIZES: dict[str, tuple[int, ...]] = {
     "lanes": (1, 2, 4, 8),
 }
 ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
-    "positions": (16, 32, 64, 128, 256),
+    "positions": (8, 16, 32, 64, 128, 256),
     "attention_warps": (1, 2, 4, 8),
-    "attention_held": (0, 1, 2, 3, 4, 5),
+    "attention_held": (0, 1, 2, 3, 4, 6, 8),
     "attention_stages": (1, 2, 3, 4),
     "attention_registers": (0, 112, 96, 128, 80, 64),  # those most likely to help next to no limit
+    "attention_asks": (False, True),
 }
-# What the L2 cache is asked for: (megabytes of keys and values, by which product), and the weights of how many products later.
-KEYS_AHEAD = ((0, 1), *product((8, 16, 24, 48), (1, 2, 3)))
-WEIGHTS_AHEAD = (0, 1, 2)
+# Of keys and values the L2 cache is asked for so many megabytes, from the product so many before attention on, by so many products.
+MEGABYTES_AHEAD, PRODUCTS_AHEAD = (8, 16, 24, 32), ((1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4))
 # Sizes that are often better changed together: one gives the room that the other needs.
 PAIRS = {
     frozenset(pair)
@@ -80,6 +80,7 @@ PAIRS = {
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
         ("attention_held", "attention_registers"),
+        ("attention_held", "attention_asks"),
     )
 }
 
@@ -119,7 +120,7 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
         times = step.times(first, without=name)
         costs[name] = statistics.median(before) - statistics.median(times)
         yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
-    times = step.times(replace(first, ahead_megabytes=0, weights_ahead=0))
+    times = step.times(replace(first, ahead_megabytes=0, attention_asks=False))
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
@@ -286,7 +287,7 @@ class Search:
                     break
                 self.tried += 1
                 try:
-                    took = statistics.median(self.step.times(plan))
+                    took = self.step.times(plan, repeats=1)[0]
                 except torch.AcceleratorError:
                     raise  # after it nothing runs on this device any more
                 except Exception as error:  # of the compiler, of the launch, of `check`: each has its own
@@ -307,18 +308,18 @@ class Search:
 def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     """Plans that differ from this one in one size of the tile `name`, or in two that go together, by a step or two.
 
-    "whole": in everything, the plans of other numbers of rows. "ahead": in what is fetched ahead, with the products as they are and in less shared memory: a product that fills a processor keeps
-    the next ones from starting there, and from fetching what they can before they wait.
+    "whole": in everything, the plans of other numbers of rows. "ahead": in what the L2 cache is asked for, all combinations.
     """
     config = step.model.config
     if name == "whole":
         return _others(plan, step)
     if name == "ahead":
-        return [
-            replace(sized, ahead_megabytes=megabytes, ahead_products=products, weights_ahead=weights)
-            for sized in dict.fromkeys((plan, _slim(plan)))
-            for (megabytes, products), weights in product(KEYS_AHEAD, WEIGHTS_AHEAD)
-        ]
+        asked = ((0, (1, 1)), *product(MEGABYTES_AHEAD, PRODUCTS_AHEAD))
+        others = (
+            replace(plan, ahead_megabytes=megabytes, ahead_products=products, ahead_parts=parts)
+            for megabytes, (products, parts) in asked
+        )
+        return [other for other in others if other != plan]
     if name == "attend":
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
         return [other for other in others if holds(other, config.width // config.heads)]
@@ -330,7 +331,7 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     tiles = dict.fromkeys(
         tile
         for tile in (_mended(tile).fitted(inner) for tile in (*neighbours, *elsewhere))
-        if fits(tile, inner, step.rows, adds=name in ADDED)
+        if fits(tile, inner, step.rows, adds=name in ADDED) and (name != "head" or tile.n >= FEWEST_HEAD_COLUMNS)
     )
     return [replace(plan, **{name: tile}) for tile in tiles if tile != getattr(plan, name).fitted(inner)]
 
@@ -359,12 +360,6 @@ def _inner(name: str, step: TimedStep) -> int:
 def _power_of_two(number: int) -> int:
     """The smallest that is at least `number`."""
     return 1 << (number - 1).bit_length()
-
-
-def _slim(plan: Plan) -> Plan:
-    """With half the tiles in flight in each product of a layer."""
-    tiles = {name: getattr(plan, name) for name in fused_step.PRODUCTS}
-    return replace(plan, **{name: replace(tile, stages=(tile.stages + 1) // 2) for name, tile in tiles.items()})
 
 
 def holds(plan: Plan, head_dim: int) -> bool:

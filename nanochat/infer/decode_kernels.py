@@ -16,7 +16,7 @@ Shapes: R rows, C width, K a product's inner and N its outer size, H heads, KV h
 import triton
 import triton.language as tl
 
-from nanochat.infer.dependent_launch import start, wait
+from nanochat.infer.dependent_launch import fetch_positions, start, wait
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -119,8 +119,10 @@ def attend(
     BLOCK_T: tl.constexpr,
     LINES: tl.constexpr,  # of a tile's positions that all threads together read at once; divides BLOCK_T
     SPLITS: tl.constexpr,
-    HELD: tl.constexpr,  # tiles fetched into registers before the wait
-    STAGES: tl.constexpr,  # tiles in flight of those that follow
+    HELD: tl.constexpr,  # tiles in registers, on their way or there: from before the wait on
+    STAGES: tl.constexpr,  # HELD = 0: tiles on their way through shared memory
+    AHEAD: tl.constexpr,  # positions of a piece that the L2 cache is asked for before the wait; 0: for none
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, H, SPLITS).
@@ -147,6 +149,9 @@ def attend(
         held_at = (first + tile * BLOCK_T) * D + at
         held_k = held_k + (tl.load(keys + held_at, mask=there, other=0.0),)  # noqa: RUF005
         held_v = held_v + (tl.load(values + held_at, mask=there, other=0.0),)  # noqa: RUF005
+    if AHEAD:
+        fetch_positions(keys, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
+        fetch_positions(values, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
     own = line[:, :, None] * 0 + d  # (LINES, 1, D), the same in each line
     other = line[:, :, None] * 0 + (d + D // 2) % D
     turn_cos = tl.load(cos + here * (D // 2) + own % (D // 2)).to(tl.float32)
@@ -174,15 +179,27 @@ def attend(
         tl.store(values + here * D + own, new_v, mask=once[:, :, None])
     p = tl.where(once & owner, tl.exp2(tl.sum(q * new_k.to(tl.float32), 2) * SCALE - SHIFT), 0.0)  # (LINES, 1)
     total, mixed = tl.sum(p, 1), tl.sum(p[:, :, None] * new_v.to(tl.float32), 1)  # (LINES,), (LINES, D)
-    for tile in tl.static_range(HELD):
-        begin = first + tile * BLOCK_T
-        if begin < last:
-            total, mixed = _attend_tile(q, held_k[tile], held_v[tile], begin + t < last, total, mixed, SCALE, SHIFT)
-    for begin in tl.range(first + HELD * BLOCK_T, last, BLOCK_T, num_stages=STAGES):
-        seen = begin + t < last
-        k = tl.load(keys + begin * D + at, mask=seen[:, :, None], other=0.0)
-        v = tl.load(values + begin * D + at, mask=seen[:, :, None], other=0.0)
-        total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT)
+    if HELD == 0:
+        for begin in tl.range(first, last, BLOCK_T, num_stages=STAGES):
+            seen = begin + t < last
+            k = tl.load(keys + begin * D + at, mask=seen[:, :, None], other=0.0)
+            v = tl.load(values + begin * D + at, mask=seen[:, :, None], other=0.0)
+            total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT)
+    else:
+        for begin in tl.range(first, last, HELD * BLOCK_T, num_stages=1):
+            coming_k, coming_v = (), ()
+            for tile in tl.static_range(HELD):
+                here_on = begin + tile * BLOCK_T
+                if here_on < last:
+                    total, mixed = _attend_tile(
+                        q, held_k[tile], held_v[tile], here_on + t < last, total, mixed, SCALE, SHIFT
+                    )
+                # Its registers take the tile that comes HELD later.
+                there = (here_on + HELD * BLOCK_T + t < last)[:, :, None]
+                coming_at = (here_on + HELD * BLOCK_T) * D + at
+                coming_k = coming_k + (tl.load(keys + coming_at, mask=there, other=0.0),)  # noqa: RUF005
+                coming_v = coming_v + (tl.load(values + coming_at, mask=there, other=0.0),)  # noqa: RUF005
+            held_k, held_v = coming_k, coming_v
     total, mixed = tl.sum(total, 0), tl.sum(mixed, 0)
     place = row * HEADS + head
     if SPLITS == 1:
@@ -239,8 +256,10 @@ def attend_in_groups(
     BLOCK_G: tl.constexpr,  # queries of one head of keys, padded to a tensor core's tile
     BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr,
-    HELD: tl.constexpr,
-    STAGES: tl.constexpr,
+    HELD: tl.constexpr,  # tiles fetched into registers before the wait
+    STAGES: tl.constexpr,  # tiles in flight of those that follow
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`attend` where several queries share a head of keys, on tensor cores. Grid (R, KV, SPLITS)."""
@@ -259,6 +278,9 @@ def attend_in_groups(
         held_at = (first + tile * BLOCK_T) * D + at
         held_k = held_k + (tl.load(keys + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
         held_v = held_v + (tl.load(values + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
+    if AHEAD:
+        fetch_positions(keys, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
+        fetch_positions(values, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
     turn_cos = tl.load(cos + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.load(sin + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.where(d < D // 2, turn_sin, -turn_sin)

@@ -19,8 +19,11 @@ from nanochat.model.gpt import GPT, Block
 GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = ("qkv", "out", "up", "down")  # of a layer, in their order
-# What one thread asks the L2 cache for at once: positions of a head, bytes of weights. And how much of one product's weights.
-AHEAD_POSITIONS, AHEAD_BYTES, MOST_AHEAD_BYTES = 16, 512, 16 * 2**20
+FEWEST_COLUMNS, FEWEST_HEAD_COLUMNS = (
+    4,
+    16,
+)  # of a program: what it leaves for each of its blocks has room for so many blocks
+AHEAD_POSITIONS = 16  # of a head, that one thread asks the L2 cache for at once
 
 
 def unusable(model: GPT) -> str | None:
@@ -72,15 +75,25 @@ class Plan:
     head: Tile
     positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
     attention_warps: int
-    attention_held: int  # tiles of keys and values fetched before waiting for the queries
-    attention_stages: int = 1  # tiles in flight of those that follow
+    attention_held: int  # tiles of keys and values in registers, fetched from before waiting for the queries on
+    attention_stages: int = (
+        1  # with none held, or several queries to a head of keys: tiles in flight through shared memory
+    )
     # That a thread may use, so that more programs wait side by side; 0: as many as the compiler likes.
     attention_registers: int = 0
+    attention_asks: bool = False  # the L2 cache for all other tiles before it waits
     # Of a layer's keys and values, of all rows together, that the L2 cache is asked for before its attention, while the memory
-    # idles: by the product right before it (1), or by the one (2) or two (3) before that.
+    # idles: by the product so many before it (1: right before it) and those behind that one, each for as much, `ahead_parts` in all.
     ahead_megabytes: int = 0
     ahead_products: int = 1
-    weights_ahead: int = 0  # each product asks for the weights of the product so many later; 0: for none
+    ahead_parts: int = 1
+
+    def __post_init__(self):
+        """ValueError for tiles of too few columns."""
+        for name in (*PRODUCTS, "head"):
+            columns, fewest = getattr(self, name).n, FEWEST_HEAD_COLUMNS if name == "head" else FEWEST_COLUMNS
+            if columns < fewest:
+                raise ValueError(f"{name}: a program has {columns} columns; at least {fewest}")
 
 
 def plan_for(rows: int) -> Plan:
@@ -92,7 +105,7 @@ def plan_for(rows: int) -> Plan:
     if rows <= 2:
         m = _power_of_two(rows)
         wide = Tile(m, 16, 256)
-        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 128, 8, 1)
+        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 3, ahead_megabytes=16, ahead_products=2)
     if rows <= 16:
         tile, down = Tile(16, 16, 256, stages=4), Tile(16, 8, 512, stages=6, warps=2, lanes=2)
         return Plan(tile, tile, tile, down, Tile(16, 64, 256, stages=3), 64, 4, 1, attention_stages=3)
@@ -101,11 +114,10 @@ def plan_for(rows: int) -> Plan:
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
         return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
     tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
+    down = Tile(64, 32, 128, splits=3, stages=6)
     if rows <= 64:
-        down = Tile(64, 32, 128, splits=3, stages=6)
         return Plan(tile, tile, tile, down, head, 64, 2, 0, ahead_megabytes=16)
-    down = Tile(128, 32, 128, splits=4, stages=5)
-    return Plan(tile, tile, tile, down, head, 32, 1, 0, ahead_megabytes=16)
+    return Plan(tile, tile, tile, down, head, 16, 1, 2, ahead_megabytes=16)
 
 
 class FusedStep:
@@ -142,10 +154,10 @@ class FusedStep:
 
         self.x, self.qkv = buffer(rows, self.width), buffer(rows, max(len(qkv) for qkv in self.weights[:-1:4]))
         self.attended, self.hidden = buffer(rows, self.width), buffer(rows, 4 * self.width)
-        self.squares = buffer(max(1, self.width // 4), rows, dtype=torch.float32)
-        self.best = buffer(rows * -(-config.vocab_size // 16), dtype=torch.float32)
+        self.squares = buffer(self.width // FEWEST_COLUMNS, rows, dtype=torch.float32)
+        self.best = buffer(rows * -(-config.vocab_size // FEWEST_HEAD_COLUMNS), dtype=torch.float32)
         self.index = buffer(self.best.numel(), dtype=torch.int32)
-        self.arrived = buffer(max(1, self.width // 4), rows, dtype=torch.int32)
+        self.arrived = buffer(self.width // FEWEST_COLUMNS, rows, dtype=torch.int32)
         self.parts: dict[tuple, Tensor] = {}  # grown before a step is captured
         self.buffer = buffer
 
@@ -233,25 +245,20 @@ class FusedStep:
         """What the tile of a step's product of that number is called in a plan."""
         return PRODUCTS[product % 4] if product < len(self.weights) - 1 else "head"
 
-    def _keys_asked(self, rows: int, plan: Plan, product: int) -> tuple[int, int]:
-        """Whose keys and values a product asks the L2 cache for: the layer, and how many pieces of each row; (0, 0): none."""
-        attention = (
-            product + plan.ahead_products - 1 if product else 0
-        )  # nothing before it in the step asks for the first layer's
-        layer = attention // 4
-        if not self.pdl or attention % 4 or layer == self.config.depth:
-            return 0, 0
+    def _keys_asked(self, rows: int, plan: Plan, product: int) -> tuple[int, int, int]:
+        """Whose keys and values a product asks the L2 cache for: the layer, how many pieces of each row it skips, and asks for."""
         piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * self.x.element_size()
-        most = -(-self.cache.length // AHEAD_POSITIONS)
-        return layer, min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), most)
-
-    def _weights_asked(self, plan: Plan, product: int) -> tuple[Tensor, int]:
-        """Whose weights a product asks the L2 cache for, and how many bytes of them."""
-        later = product + plan.weights_ahead
-        if not (self.pdl and plan.weights_ahead) or later >= len(self.weights):
-            return self.weights[product], 0
-        weight = self.weights[later]
-        return weight, min(weight.numel() * weight.element_size(), MOST_AHEAD_BYTES)
+        all_pieces = min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
+        if not self.pdl or not all_pieces:
+            return 0, 0, 0
+        if product == 0:  # nothing before it in the step asks for the first layer's
+            return 0, 0, all_pieces
+        layer = -(-product // 4)  # whose attention comes next
+        part = plan.ahead_products - 1 - (4 * layer - product)
+        if layer == self.config.depth or not 0 <= part < plan.ahead_parts:
+            return 0, 0, 0
+        skipped, end = (all_pieces * n // plan.ahead_parts for n in (part, part + 1))
+        return layer, skipped, end - skipped
 
     def _matmul(
         self, rows: int, plan: Plan, product: int, x: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
@@ -260,8 +267,7 @@ class FusedStep:
         weight = self.weights[product]
         outer, inner = weight.shape
         tile = getattr(plan, self._named(product)).fitted(inner)
-        layer, pieces = self._keys_asked(rows, plan, product)
-        later, later_bytes = self._weights_asked(plan, product)
+        layer, skipped, pieces = self._keys_asked(rows, plan, product)
         blocks = -(-outer // tile.n)
         sampling = self.state.sampling
         split = epilogue == self.products.ADD and tile.splits > 1
@@ -278,7 +284,6 @@ class FusedStep:
             self.cache.keys[layer],
             self.cache.values[layer],
             self.state.running,
-            later,
             self._part("shares", tile.splits, self.capacity, outer) if split else self.squares,
             self.arrived,
             rows,
@@ -287,9 +292,9 @@ class FusedStep:
             blocks,
             self.config.logit_softcap,
             self.cache.length,
+            skipped,
             pieces,
             self.windows[layer] or 0,
-            later_bytes,
             outer,
             inner,
             tile.m,
@@ -302,7 +307,6 @@ class FusedStep:
             PARTS=most_parts,
             EPILOGUE=epilogue.value,
             AHEAD=AHEAD_POSITIONS if pieces else 0,
-            LATER=AHEAD_BYTES if later_bytes else 0,
             KV_HEADS=self.config.kv_heads,
             D=self.head_dim,
             THREADS=32 * tile.warps,
@@ -322,14 +326,14 @@ class FusedStep:
         if splits > 1:
             out = self._part("attention", splits, self.capacity, self.width)
             totals = self._part("totals", splits, self.capacity, config.heads)
-        group, positions = config.heads // config.kv_heads, max(16, plan.positions * 64 // max(64, self.head_dim))
+        group, positions = config.heads // config.kv_heads, plan.positions * 64 // max(64, self.head_dim)
         if group == 1:
             kernel, heads = self.kernels.attend, (config.heads,)
             # A thread loads 16 bytes at once.
             cut = (positions, min(positions, max(1, 32 * plan.attention_warps * 8 // self.head_dim)))
         else:
             kernel, heads = self.kernels.attend_in_groups, (config.heads, config.kv_heads)
-            cut = (max(16, _power_of_two(group)), positions)
+            cut = (max(16, _power_of_two(group)), max(16, positions))  # tensor cores take no fewer
         kernel[(rows, config.kv_heads, splits)](
             self.qkv,
             self.cache.keys[layer],
@@ -353,6 +357,8 @@ class FusedStep:
             splits,
             HELD=plan.attention_held,
             STAGES=plan.attention_stages,
+            AHEAD=AHEAD_POSITIONS if self.pdl and plan.attention_asks else 0,
+            THREADS=32 * plan.attention_warps,
             **({"maxnreg": plan.attention_registers} if plan.attention_registers else {}),
             **self._launch(plan.attention_warps),
         )

@@ -9,7 +9,7 @@ atomically, what a row gets depends on its own numbers alone.
 import triton
 import triton.language as tl
 
-from nanochat.infer.dependent_launch import fetch_filled, fetch_share, fetch_tile, start, wait
+from nanochat.infer.dependent_launch import fetch_filled, fetch_tile, start, wait
 from nanochat.infer.noise_kernels import gumbel
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
@@ -23,9 +23,10 @@ DRAW = tl.constexpr(4)  # the same after Gumbel noise: a draw
 LOGITS = tl.constexpr(5)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "parts", "capacity", "blocks", "softcap", "length", "pieces", "window", "later_bytes"]
-)
+UNSPECIALIZED = ["rows", "parts", "capacity", "blocks", "softcap", "length", "skipped", "pieces", "window"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def matmul(
     x,  # (R, K)
     weight,  # (N, K)
@@ -39,7 +40,6 @@ def matmul(
     ahead_keys,  # what the attention to come will read, for AHEAD
     ahead_values,
     running,  # (R,) bool
-    later,  # weights of a product to come, for LATER
     shares,  # (SPLITS, capacity, N) float32       ]
     arrived,  # (blocks, capacity) int32, zeros    ] for ADD with SPLITS > 1
     rows,
@@ -48,9 +48,9 @@ def matmul(
     blocks,  # of columns
     softcap,
     length,  # L of the keys and values      ]
-    pieces,  # of each row                   ] for AHEAD
+    skipped,  # pieces of each row           ]
+    pieces,  # asked for, behind those       ] for AHEAD
     window,  # of that attention; 0: none    ]
-    later_bytes,  # how much of `later` is fetched, a multiple of 16
     N,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,  # under 16: no tensor cores; STAGES must be 0
@@ -63,7 +63,6 @@ def matmul(
     PARTS: tl.constexpr,  # power of two, at least `parts`
     EPILOGUE: tl.constexpr,
     AHEAD: tl.constexpr,  # positions of a piece; 0: nothing is fetched for the attention to come
-    LATER: tl.constexpr,  # bytes of a piece of `later`; 0: nothing of it is fetched
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     THREADS: tl.constexpr,
@@ -106,11 +105,9 @@ def matmul(
             SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
             tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
             fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
-    if LATER:
-        fetch_share(later, later_bytes, program, programs, LATER, THREADS)
     fetch_filled(
-        ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D, AHEAD,
-        THREADS,
+        ahead_keys, ahead_values, position, running, length, rows, skipped, pieces, window, program, programs, KV_HEADS, D,
+        AHEAD, THREADS,
     )  # fmt: skip
     wait(PDL)
     if BLOCK_M < 16:

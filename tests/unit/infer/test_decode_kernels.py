@@ -23,7 +23,7 @@ from nanochat.model.attention import rotary_table, rotate
 from tests.unit.infer.kernels_here import DEVICE, DTYPES, FAILS, ON_GPU, PDL, TOLERANCE, Guarded, close, random
 
 pytestmark = [pytest.mark.skipif(FAILS is not None, reason=str(FAILS)), *([pytest.mark.gpu] if ON_GPU else [])]
-NOTHING_AHEAD = {"AHEAD": 0, "LATER": 0, "KV_HEADS": 1, "D": 16, "THREADS": 32}
+NOTHING_AHEAD = {"AHEAD": 0, "KV_HEADS": 1, "D": 16, "THREADS": 32}
 
 
 TILES = [
@@ -57,7 +57,7 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
     def launch(out, index, squares_out, epilogue, with_norm):
         grid = (blocks, -(-rows // tile.m), 1)
         products.matmul[grid](
-            x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, x, squares, index, rows,
+            x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, squares, index, rows,
             parts, capacity, blocks, softcap, 1, 0, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
             NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, **NOTHING_AHEAD, num_warps=tile.warps, **PDL,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
     for _ in range(2):
         stream.tensor.copy_(expected)
         products.matmul[(blocks, -(-rows // tile.m), splits)](
-            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived, x,
+            x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived,
             shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
             tile.lanes, tile.stages, NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **NOTHING_AHEAD, **PDL,
         )  # fmt: skip
@@ -139,24 +139,37 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
 
 @triton.jit
 def _pieces(
-    out, position, running, length, rows, pieces, window, HEADS: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr
+    out,
+    position,
+    running,
+    length,
+    rows,
+    skipped,
+    pieces,
+    window,
+    HEADS: tl.constexpr,
+    PIECE: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     piece = tl.arange(0, COUNT)
-    head, first, count = dependent_launch.piece_of(piece, position, running, length, rows, pieces, window, HEADS, PIECE)
+    head, first, count = dependent_launch.piece_of(
+        piece, position, running, length, rows, skipped, pieces, window, HEADS, PIECE
+    )
     tl.store(out + piece, head.to(tl.int32))
     tl.store(out + COUNT + piece, first)
     tl.store(out + 2 * COUNT + piece, count)
 
 
+@pytest.mark.parametrize("skipped", [0, 1, 3])
 @pytest.mark.parametrize(("pieces", "window"), [(5, 0), (3, 0), (5, 9), (2, 9), (1, 1)])
-def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, window):
-    """Of each head of a running row the positions that `attend` reads, up to the limit, once each; nothing else of the cache."""
+def test_what_is_fetched_ahead_is_what_attention_sees(skipped, pieces, window):
+    """Of each head of a running row the positions that `attend` reads, behind those skipped up to the limit, once each; nothing else."""
     length, heads, size, count = 40, 3, 8, 128
     positions, running = [0, 1, 17, 39, 55], [True, True, True, True, False]
     found = torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
     _pieces[(1,)](
-        found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), pieces,
-        window, heads, size, count,
+        found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), skipped,
+        pieces, window, heads, size, count,
     )  # fmt: skip
     read: dict[int, list[int]] = {head: [] for head in range(len(positions) * heads)}
     for head, first, many in found.T.tolist():
@@ -165,25 +178,7 @@ def test_what_is_fetched_ahead_is_the_start_of_what_attention_sees(pieces, windo
         row = head // heads
         here = min(positions[row], length - 1)
         seen = range(max(0, here - window + 1) if window else 0, here if running[row] else 0)
-        assert positions_read == list(seen)[: pieces * size]
-
-
-@triton.jit
-def _shares(out, size, programs, PIECE: tl.constexpr, COUNT: tl.constexpr):
-    program, piece = tl.program_id(0), tl.arange(0, COUNT)
-    at, count = dependent_launch.share_of(piece, size, program, programs, PIECE)
-    tl.store(out + (program * COUNT + piece) * 2, at)
-    tl.store(out + (program * COUNT + piece) * 2 + 1, count)
-
-
-@pytest.mark.parametrize("size", [16, 496, 512, 528, 5 * 512 * 3, 5 * 512 * 3 + 16, 9 * 512 * 8])
-def test_programs_share_all_bytes_of_what_is_fetched_ahead(size):
-    programs, count = 9, 8
-    found = torch.full((programs * count, 2), -1, dtype=torch.int32, device=DEVICE)
-    _shares[(programs,)](found, size, programs, 512, count)
-    read = sorted(place for at, many in found.tolist() for place in range(at, at + many, 16))
-    assert read == list(range(0, size, 16))
-    assert all(many % 16 == 0 for _, many in found.tolist())
+        assert positions_read == list(seen)[skipped * size :][: pieces * size]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,6 +191,8 @@ def test_programs_share_all_bytes_of_what_is_fetched_ahead(size):
         (3, 16, 4, 1, 2, 0),
         (4, 32, 32, 2, 1, 0),
         (3, 16, 1, 4, 1, 40),
+        (1, 8, 4, 3, 1, 0),
+        (1, 16, 8, 2, 1, 0),
         (2, 16, 8, 0, 1, 1),
     ],
 )
@@ -228,7 +225,8 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
         kernel, cut = kernels.attend_in_groups, (heads, kv_heads, head_dim, 16, tile)
     kernel[(rows, kv_heads, splits)](
         qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, totals.tensor, cos, sin, position, running,
-        position, qkv, length, capacity, qkv[0].numel(), False, window, *cut, splits, HELD=held, STAGES=stages, num_warps=2, **PDL,
+        position, qkv, length, capacity, qkv[0].numel(), False, window, *cut, splits, HELD=held, STAGES=stages, AHEAD=16 * PDL["PDL"],
+        THREADS=64, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         kernels.merge[(rows, heads)](

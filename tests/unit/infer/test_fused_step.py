@@ -121,7 +121,11 @@ def test_fetching_ahead_changes_nothing():
     model, steps = tiny(torch.float16, depth=3), []
     plans = [
         SPLIT_PLAN,
-        *(replace(SPLIT_PLAN, ahead_megabytes=32, ahead_products=n, weights_ahead=n) for n in (1, 2, 3)),
+        *(
+            replace(SPLIT_PLAN, ahead_megabytes=32, ahead_products=n, ahead_parts=k)
+            for n, k in ((1, 1), (3, 1), (4, 4))
+        ),
+        replace(SPLIT_PLAN, attention_asks=True),
     ]
     for plan in plans:
         cache, state = (
