@@ -63,7 +63,9 @@ PREFILL_ROWS = 32  # prompts computed side by side through a scratch cache, at m
 MOST_PROMPTS = 128  # of a pass that needs none
 PREFILL_TOKENS = 16_384  # of a pass on a GPU, at most
 PREFILL_WIDTHS = 12  # activations of a token of a pass, in widths: stream, projection and what is made of it, hidden layer, attention
-LOGIT_COPIES = 4  # float32 (R, V) tensors alive at once in a decode step: logits, scaled, noise, the sort of top-p
+DRAWN_ROWS = 128  # of which tokens are drawn at once, at most
+DRAW_COPIES = 9  # of their float32 (R, V) logits that a draw needs beside them: scaled, noise, the sort of top-p
+LOGIT_COPIES = 2  # of all rows' logits in a decode step
 
 
 class Sizes(Protocol):
@@ -226,11 +228,12 @@ def kv_cache_bytes(sizes: Sizes, length: int, itemsize: int) -> int:
 
 
 def decode_bytes(sizes: Sizes, vocab_size: int, rows: int, length: int, itemsize: int) -> int:
-    """All that decoding allocates beside the weights: the cache, what prefill needs (scratch, shared prefix, activations, last logits),
-    a step's logits."""
+    """All that decoding allocates beside the weights: the cache (with a scratch and a shared prefix), a step's logits, and the more of
+    what a prefill's activations and what its draw take."""
     caches = (rows + min(rows, PREFILL_ROWS) + 1) * kv_cache_bytes(sizes, length, itemsize)
     prefill = PREFILL_WIDTHS * itemsize * sizes.width * min(rows * length, PREFILL_TOKENS)
-    return caches + prefill + 4 * (LOGIT_COPIES * rows + min(rows, MOST_PROMPTS)) * vocab_size
+    logits, drawn = LOGIT_COPIES * rows + min(rows, MOST_PROMPTS), DRAW_COPIES * min(rows, DRAWN_ROWS)
+    return caches + 4 * vocab_size * logits + max(prefill, 4 * vocab_size * drawn)
 
 
 def decode_rows(sizes: Sizes, vocab_size: int, length: int, itemsize: int, memory_bytes: int) -> int:

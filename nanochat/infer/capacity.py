@@ -3,12 +3,14 @@
 from typing import TYPE_CHECKING
 
 from nanochat import hardware
-from nanochat.hardware import MOST_PROMPTS, PREFILL_ROWS, PREFILL_TOKENS
+from nanochat.hardware import DRAWN_ROWS, MOST_PROMPTS, PREFILL_ROWS, PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPTConfig
 
-__all__ = ["MOST_PROMPTS", "PREFILL_ROWS", "PREFILL_TOKENS", "engine_bytes", "row_bytes", "rows_that_fit"]
+__all__ = [
+    "DRAWN_ROWS", "MOST_PROMPTS", "PREFILL_ROWS", "PREFILL_TOKENS", "engine_bytes", "row_bytes", "rows_that_fit"
+]  # fmt: skip
 
 
 def row_bytes(config: "GPTConfig", length: int, itemsize: int) -> int:

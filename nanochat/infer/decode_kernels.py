@@ -132,6 +132,8 @@ def attend(
 
     A tile is (LINES, BLOCK_T / LINES, D), and a thread has the same places of D in all of its positions. So it loads these of the query,
     the new key and value itself, and has sums of its own: nothing passes between threads but what a score needs, until all are added up.
+    Numbers are loaded two in a word, and D is cut into evens and odds: the compiler takes tiles that stay in registers from one round of a
+    loop to the next apart into their numbers, and waits for them to do so.
     """
     start(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -139,83 +141,134 @@ def attend(
     side = (row.to(tl.int64) * HEADS + head) * length * D
     keys += side
     values += side
+    WORDS: tl.constexpr = D // 2
+    DTYPE: tl.constexpr = keys.dtype.element_ty
     line = tl.arange(0, LINES)[:, None]
     t = line + tl.arange(0, BLOCK_T // LINES)[None, :] * LINES
-    d = tl.arange(0, D)[None, None, :]
-    at = t[:, :, None] * D + d
+    word = tl.arange(0, WORDS)[None, None, :]
+    at = t[:, :, None] * WORDS + word
     held_k, held_v = (), ()
     for tile in tl.static_range(HELD):
         there = (first + tile * BLOCK_T + t < last)[:, :, None]
-        held_at = (first + tile * BLOCK_T) * D + at
-        held_k = held_k + (tl.load(keys + held_at, mask=there, other=0.0),)  # noqa: RUF005
-        held_v = held_v + (tl.load(values + held_at, mask=there, other=0.0),)  # noqa: RUF005
+        held_at = (first + tile * BLOCK_T) * WORDS + at
+        held_k = held_k + (tl.load(_words(keys) + held_at, mask=there, other=0),)  # noqa: RUF005
+        held_v = held_v + (tl.load(_words(values) + held_at, mask=there, other=0),)  # noqa: RUF005
     if AHEAD:
         fetch_positions(keys, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
         fetch_positions(values, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
-    own = line[:, :, None] * 0 + d  # (LINES, 1, D), the same in each line
-    other = line[:, :, None] * 0 + (d + D // 2) % D
-    turn_cos = tl.load(cos + here * (D // 2) + own % (D // 2)).to(tl.float32)
-    turn_sin = tl.load(sin + here * (D // 2) + own % (D // 2)).to(tl.float32)
-    turn_sin = tl.where(own < D // 2, turn_sin, -turn_sin)
+    own = line[:, :, None] * 0 + word  # (LINES, 1, WORDS), the same in each line
+    turn = here * (WORDS // 2) + own % (WORDS // 2), tl.where(own < WORDS // 2, 1.0, -1.0)
+    turn_cos, turn_sin = tl.load(_words(cos) + turn[0]), tl.load(_words(sin) + turn[0])
+    added = own
     if GATED:
-        added = tl.load(embedding + (tl.load(token + row) * HEADS + head) * D + own)
+        added = tl.load(_words(embedding + (tl.load(token + row) * HEADS + head) * D) + own)
     wait(PDL)
     q_at = qkv + row * STRIDE + head * D
-    k_at, v_at = q_at + HEADS * D, q_at + 2 * HEADS * D
-    q = tl.load(q_at + own).to(tl.float32) * turn_cos + tl.load(q_at + other).to(tl.float32) * turn_sin
-    new_k = tl.load(k_at + own).to(tl.float32) * turn_cos + tl.load(k_at + other).to(tl.float32) * turn_sin
-    new_v = tl.load(v_at + own)
+    q = _turned(q_at, own, turn_cos, turn_sin, turn[1], WORDS, DTYPE)
+    new_k = _turned(q_at + HEADS * D, own, turn_cos, turn_sin, turn[1], WORDS, DTYPE)
+    new_v = _halves(tl.load(_words(q_at + 2 * HEADS * D) + own), DTYPE)
     if GATED:
         share = 3 * tl.sigmoid(tl.load(qkv + row * STRIDE + 3 * HEADS * D + head).to(tl.float32))
-        new_v = (new_v.to(tl.float32) + share * added.to(tl.float32)).to(new_v.dtype)
-    # Rounded as the cache rounds keys, and the model queries.
-    q = (q * tl.rsqrt(tl.sum(q * q, 2) / D + EPSILON)[:, :, None]).to(keys.dtype.element_ty).to(tl.float32)
-    new_k = (new_k * tl.rsqrt(tl.sum(new_k * new_k, 2) / D + EPSILON)[:, :, None]).to(keys.dtype.element_ty)
+        more = _halves(added, DTYPE)
+        new_v = (
+            (new_v[0] + share * more[0]).to(DTYPE).to(tl.float32),
+            (new_v[1] + share * more[1]).to(DTYPE).to(tl.float32),
+        )
     SCALE: tl.constexpr = D**-0.5 * LOG2_E
     SHIFT: tl.constexpr = SCALE * D - 15.0 if SCALE * D > 15.0 else 0.0  # as `attend_in_groups` says
     owner, once = split == 0, line == 0
     if owner & alive:
-        tl.store(keys + here * D + own, new_k, mask=once[:, :, None])
-        tl.store(values + here * D + own, new_v, mask=once[:, :, None])
-    p = tl.where(once & owner, tl.exp2(tl.sum(q * new_k.to(tl.float32), 2) * SCALE - SHIFT), 0.0)  # (LINES, 1)
-    total, mixed = tl.sum(p, 1), tl.sum(p[:, :, None] * new_v.to(tl.float32), 1)  # (LINES,), (LINES, D)
+        tl.store(_words(keys) + here * WORDS + own, _joined(new_k, DTYPE), mask=once[:, :, None])
+        tl.store(_words(values) + here * WORDS + own, _joined(new_v, DTYPE), mask=once[:, :, None])
+    score = tl.sum(q[0] * new_k[0] + q[1] * new_k[1], 2)
+    p = tl.where(once & owner, tl.exp2(score * SCALE - SHIFT), 0.0)  # (LINES, 1)
+    total = tl.sum(p, 1)  # (LINES,)
+    evens, odds = tl.sum(p[:, :, None] * new_v[0], 1), tl.sum(p[:, :, None] * new_v[1], 1)  # (LINES, WORDS)
     if HELD == 0:
         for begin in tl.range(first, last, BLOCK_T, num_stages=STAGES):
             seen = begin + t < last
-            k = tl.load(keys + begin * D + at, mask=seen[:, :, None], other=0.0)
-            v = tl.load(values + begin * D + at, mask=seen[:, :, None], other=0.0)
-            total, mixed = _attend_tile(q, k, v, seen, total, mixed, SCALE, SHIFT)
+            k = tl.load(_words(keys) + begin * WORDS + at, mask=seen[:, :, None], other=0)
+            v = tl.load(_words(values) + begin * WORDS + at, mask=seen[:, :, None], other=0)
+            total, evens, odds = _attend_tile(q, k, v, seen, total, evens, odds, SCALE, SHIFT, DTYPE)
     else:
         for begin in tl.range(first, last, HELD * BLOCK_T, num_stages=1):
             coming_k, coming_v = (), ()
             for tile in tl.static_range(HELD):
-                here_on = begin + tile * BLOCK_T
-                if here_on < last:
-                    total, mixed = _attend_tile(
-                        q, held_k[tile], held_v[tile], here_on + t < last, total, mixed, SCALE, SHIFT
-                    )
+                now = begin + tile * BLOCK_T
+                total, evens, odds = _attend_tile(
+                    q, held_k[tile], held_v[tile], now + t < last, total, evens, odds, SCALE, SHIFT, DTYPE
+                )
                 # Its registers take the tile that comes HELD later.
-                there = (here_on + HELD * BLOCK_T + t < last)[:, :, None]
-                coming_at = (here_on + HELD * BLOCK_T) * D + at
-                coming_k = coming_k + (tl.load(keys + coming_at, mask=there, other=0.0),)  # noqa: RUF005
-                coming_v = coming_v + (tl.load(values + coming_at, mask=there, other=0.0),)  # noqa: RUF005
+                there = (now + HELD * BLOCK_T + t < last)[:, :, None]
+                coming_at = (now + HELD * BLOCK_T) * WORDS + at
+                coming_k = coming_k + (tl.load(_words(keys) + coming_at, mask=there, other=0),)  # noqa: RUF005
+                coming_v = coming_v + (tl.load(_words(values) + coming_at, mask=there, other=0),)  # noqa: RUF005
             held_k, held_v = coming_k, coming_v
-    total, mixed = tl.sum(total, 0), tl.sum(mixed, 0)
-    place = row * HEADS + head
+    # All at once: each sum over lines for itself would pass through shared memory for itself.
+    total, evens, odds = tl.reduce((total[:, None] + tl.zeros_like(evens), evens, odds), 0, _added)
+    place, word = row * HEADS + head, tl.arange(0, WORDS)
     if SPLITS == 1:
-        tl.store(out + place * D + tl.arange(0, D), (mixed / total).to(out.dtype.element_ty))
+        evens, odds = evens / total, odds / total
     else:
         place += split * capacity * HEADS
-        tl.store(out + place * D + tl.arange(0, D), mixed)
-        tl.store(totals + place, total)
+        tl.store(totals + place + word * 0, total, mask=word == 0)
+    tl.store(_words(out) + place * WORDS + word, _joined((evens, odds), out.dtype.element_ty))
 
 
 @triton.jit
-def _attend_tile(q, k, v, seen, total, mixed, SCALE: tl.constexpr, SHIFT: tl.constexpr):
-    """One tile of keys and values joins the sums: (LINES, n, D), seen (LINES, n), total (LINES,), mixed (LINES, D)."""
-    scores = tl.sum(k.to(tl.float32) * q, 2) * SCALE - SHIFT
-    p = tl.where(seen, tl.exp2(scores), 0.0)
-    return total + tl.sum(p, 1), mixed + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
+def _added(total, even, odd, other_total, other_even, other_odd):
+    return total + other_total, even + other_even, odd + other_odd
+
+
+@triton.jit
+def _words(pointer):
+    """The same place, to be read two numbers at once."""
+    WORD: tl.constexpr = tl.int32 if pointer.dtype.element_ty.primitive_bitwidth == 16 else tl.int64
+    return pointer.to(tl.pointer_type(WORD), bitcast=True)
+
+
+@triton.jit
+def _halves(word, dtype: tl.constexpr):
+    """The two numbers of each word, in float32."""
+    if dtype == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        HALF: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+        low, high = word.to(HALF), (word >> dtype.primitive_bitwidth).to(HALF)
+        return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _joined(halves, DTYPE: tl.constexpr):
+    """Words of two numbers each."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
+    WORD: tl.constexpr = tl.int32 if BITS == 16 else tl.int64
+    low, high = (
+        halves[0].to(DTYPE).to(HALF, bitcast=True).to(WORD),
+        halves[1].to(DTYPE).to(HALF, bitcast=True).to(WORD),
+    )
+    return low | (high << BITS)
+
+
+@triton.jit
+def _turned(source, own, turn_cos, turn_sin, sign, WORDS: tl.constexpr, DTYPE: tl.constexpr):
+    """The query or key that stands there, turned, normed and rounded as the cache rounds keys and the model queries: evens, odds."""
+    straight = _halves(tl.load(_words(source) + own), DTYPE)
+    across = _halves(tl.load(_words(source) + (own + WORDS // 2) % WORDS), DTYPE)
+    turn_cos, turn_sin = _halves(turn_cos, DTYPE), _halves(turn_sin, DTYPE)
+    even = straight[0] * turn_cos[0] + across[0] * turn_sin[0] * sign
+    odd = straight[1] * turn_cos[1] + across[1] * turn_sin[1] * sign
+    scale = tl.rsqrt(tl.sum(even * even + odd * odd, 2) / (2 * WORDS) + EPSILON)[:, :, None]
+    return (even * scale).to(DTYPE).to(tl.float32), (odd * scale).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _attend_tile(q, k, v, seen, total, evens, odds, SCALE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """One tile of keys and values joins the sums: (LINES, n, WORDS), seen (LINES, n), total (LINES,), evens and odds (LINES, WORDS)."""
+    k, v = _halves(k, DTYPE), _halves(v, DTYPE)
+    p = tl.where(seen, tl.exp2(tl.sum(k[0] * q[0] + k[1] * q[1], 2) * SCALE - SHIFT), 0.0)
+    return total + tl.sum(p, 1), evens + tl.sum(p[:, :, None] * v[0], 1), odds + tl.sum(p[:, :, None] * v[1], 1)
 
 
 @triton.jit

@@ -105,19 +105,21 @@ def plan_for(rows: int) -> Plan:
     if rows <= 2:
         m = _power_of_two(rows)
         wide = Tile(m, 16, 256)
-        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 3, ahead_megabytes=16, ahead_products=2)
+        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 2, ahead_megabytes=16, ahead_products=2)
     if rows <= 16:
-        tile, down = Tile(16, 16, 256, stages=4), Tile(16, 8, 512, stages=6, warps=2, lanes=2)
-        return Plan(tile, tile, tile, down, Tile(16, 64, 256, stages=3), 64, 4, 1, attention_stages=3)
+        tile, up = Tile(16, 16, 256, stages=4), Tile(16, 32, 256, warps=8)
+        down, head = Tile(16, 8, 512, stages=6, warps=2, lanes=2), Tile(16, 64, 256, stages=3)
+        return Plan(tile, tile, up, down, head, 64, 4, 2, ahead_megabytes=16, ahead_products=2)
     if rows <= 32:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
         return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
     tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
-    down = Tile(64, 32, 128, splits=3, stages=6)
     if rows <= 64:
-        return Plan(tile, tile, tile, down, head, 64, 2, 0, ahead_megabytes=16)
-    return Plan(tile, tile, tile, down, head, 16, 1, 2, ahead_megabytes=16)
+        down = Tile(64, 32, 128, splits=3, stages=6)
+        return Plan(tile, tile, tile, down, replace(head, m=64), 64, 2, 1, ahead_megabytes=8)
+    out, down = Tile(16, 64, 256), Tile(64, 64, 128, splits=4, stages=6)
+    return Plan(tile, out, tile, down, head, 64, 2, 0, attention_registers=96, ahead_megabytes=16)
 
 
 class FusedStep:

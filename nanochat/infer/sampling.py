@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanochat.infer.capacity import DRAWN_ROWS
+
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive integers over 32 bits
 
 
@@ -91,9 +93,16 @@ def sample(logits: Tensor, rows: RowSampling, draws: Tensor, kind: Kind = Kind()
     kind     what the caller knows of the rows
     returns  (R,) int64
     """
-    greedy = logits.argmax(-1)
     if kind.greedy:
-        return greedy
+        return logits.argmax(-1)
+    # Noise and sort take several times the memory of their logits.
+    pieces = [slice(first, first + DRAWN_ROWS) for first in range(0, len(logits), DRAWN_ROWS)]
+    drawn = [_drawn(logits[piece], rows[piece], draws[piece], kind) for piece in pieces]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+
+def _drawn(logits: Tensor, rows: RowSampling, draws: Tensor, kind: Kind) -> Tensor:
+    greedy = logits.argmax(-1)
     scaled = logits / rows.temperature.clamp_min(1e-6)[:, None]
     # min_p: p >= min_p x p_max is a distance between logits.
     floor = scaled.amax(-1) + rows.min_p.log()  # (R,), -inf when off
@@ -119,10 +128,13 @@ def gumbel(seeds: Tensor, draws: Tensor, vocab_size: int) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """murmur3's finaliser on 32-bit values held in int64; a product of two 32-bit values wraps and its low 32 bits stay right."""
-    bits = (bits ^ bits >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    bits = (bits ^ bits >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return bits ^ bits >> 16
+    """murmur3's finaliser on 32-bit values held in int64, in place; a product of two 32-bit values wraps and its low 32 bits stay right."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits ^= bits >> shift
+        bits *= factor
+        bits &= 0xFFFFFFFF
+    bits ^= bits >> 16
+    return bits
 
 
 def _nucleus(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -131,8 +143,8 @@ def _nucleus(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(scaled.size(-1), device=scaled.device)
     limit = torch.where(top_k > 0, top_k, scaled.size(-1))
     inside = rank < limit[:, None]  # (R, V)
-    probabilities = torch.softmax(ordered.masked_fill(~inside, -torch.inf), dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # of the better tokens together
+    probabilities = torch.softmax(ordered.masked_fill_(~inside, -torch.inf), dim=-1)
+    before = probabilities.cumsum(-1).sub_(probabilities)  # of the better tokens together
     # Off means off: a rounded cumulative sum can reach 1 early and must not cut the tail.
     inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     inside[:, 0] = True

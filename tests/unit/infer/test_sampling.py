@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.benchmark.chi_squared import chi_squared
+from nanochat.infer import sampling
 from nanochat.infer.sampling import Kind, RowSampling, Sampling, gumbel, sample
 
 
@@ -83,6 +85,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows, index, seed):
     some = slice(index, index + 1)
     alone = sample(logits[some].clone(), RowSampling.of(settings[some], "cpu"), draws[some])
     assert together[index] == alone[0]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 23])
+def test_draws_in_pieces_are_those_of_all_rows_at_once(rows, monkeypatch):
+    logits = torch.randn(rows, 40, generator=torch.Generator().manual_seed(3))
+    kinds = [Sampling(), Sampling(0.9, seed=1), Sampling(1.1, top_k=7, seed=2), Sampling(1.0, top_p=0.8, seed=3)]
+    settings_, draws = RowSampling.of([kinds[i % 4] for i in range(rows)], "cpu"), torch.arange(rows)
+    monkeypatch.setattr(sampling, "DRAWN_ROWS", rows)
+    whole = sample(logits, settings_, draws)
+    monkeypatch.setattr(sampling, "DRAWN_ROWS", 4)
+    assert torch.equal(sample(logits, settings_, draws), whole)
 
 
 def test_temperature_zero_is_greedy_and_nearly_zero_too():
