@@ -4,6 +4,7 @@ At small batches the host could not launch the kernels as fast as they run, so a
 kind of sampling). Launching a graph costs the host some time as well: steps are also captured several in a row.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,15 +22,21 @@ STEPS_IN_A_ROW = 16
 
 def captured(work: Callable[[], Tensor | None], pool) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
     """A graph of `work`, and what it returned. It is run once before, as capture demands: what it does must bear that."""
-    stream = torch.cuda.Stream()
+    stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = work()
     return graph, result
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 class Decoder:

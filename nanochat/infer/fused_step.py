@@ -97,7 +97,7 @@ class Plan:
 
 
 def plan_for(rows: int) -> Plan:
-    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 16, 32, 64 and 93 rows; for 1 of a search before it.
+    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64 and 93 rows.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
@@ -105,11 +105,11 @@ def plan_for(rows: int) -> Plan:
     if rows <= 2:
         m = _power_of_two(rows)
         wide = Tile(m, 16, 256)
-        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 2, ahead_megabytes=16, ahead_products=2)
+        return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 2, ahead_megabytes=8, ahead_products=2)
     if rows <= 16:
         tile, up = Tile(16, 16, 256, stages=4), Tile(16, 32, 256, warps=8)
         down, head = Tile(16, 8, 512, stages=6, warps=2, lanes=2), Tile(16, 64, 256, stages=3)
-        return Plan(tile, tile, up, down, head, 64, 4, 2, ahead_megabytes=16, ahead_products=2)
+        return Plan(tile, tile, up, down, head, 64, 4, 4, ahead_megabytes=16, ahead_products=2)
     if rows <= 32:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
@@ -117,9 +117,9 @@ def plan_for(rows: int) -> Plan:
     tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
     if rows <= 64:
         down = Tile(64, 32, 128, splits=3, stages=6)
-        return Plan(tile, tile, tile, down, replace(head, m=64), 64, 2, 1, ahead_megabytes=8)
+        return Plan(tile, tile, tile, down, replace(head, m=64), 64, 4, 1, ahead_megabytes=8)
     out, down = Tile(16, 64, 256), Tile(64, 64, 128, splits=4, stages=6)
-    return Plan(tile, out, tile, down, head, 64, 2, 0, attention_registers=96, ahead_megabytes=16)
+    return Plan(tile, out, tile, down, head, 64, 2, 1, attention_registers=128, ahead_megabytes=16)
 
 
 class FusedStep:
