@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class LocalCluster:
         )
         self.cores = cores
         self.grace_seconds = grace_seconds
-        self._controllers: dict[str, submitit.Job] = {}
+        self._controllers: dict[str, subprocess.Popen] = {}
 
     def check(self, rule: str, request: Request) -> None:
         """Raises ValueError when this machine can never run the job."""
@@ -54,7 +55,8 @@ class LocalCluster:
         # Through a shell that ignores Ctrl-C and a lost terminal: the driver cancels, and waits for what is being saved.
         executor.update_parameters(timeout_min=A_YEAR_MINUTES, setup=("trap '' INT HUP",), stderr_to_stdout=True)
         job = executor.submit(allocation)
-        self._controllers[submission.job_id] = job
+        # Not the job: submitit's looks for files when it is deleted, and complains when Python is already ending then.
+        self._controllers[submission.job_id] = job._process
         submission.record["pid"] = int(job.job_id)
 
     def observe(self, submissions: list[Submission]) -> dict[str, Observation]:
@@ -79,9 +81,9 @@ class LocalCluster:
         return seen
 
     def _alive(self, submission: Submission) -> bool:
-        job = self._controllers.get(submission.job_id)
-        if job is not None and job._process is not None:
-            return job._process.poll() is None
+        controller = self._controllers.get(submission.job_id)
+        if controller is not None:
+            return controller.poll() is None
         pids = {submission.record["pid"], (exits.read_status(submission.folder, 0) or {}).get("pid")}
         return any(_belongs(pid, submission.folder) for pid in pids if pid)
 

@@ -93,6 +93,15 @@ def test_a_killed_drivers_job_is_adopted_and_not_run_twice(tmp_path):
 
 
 @pytest.mark.slow
+def test_no_job_of_submitits_is_left_to_delete_when_python_ends(tmp_path):
+    """It looks for files then, which in an ending Python 3.12 fails, once with a traceback for each job."""
+    count = 'onsuccess:\n    import gc, submitit\n    print("left", sum(isinstance(o, submitit.LocalJob) for o in gc.get_objects()))\n'
+    driver = start(tmp_path, count + 'rule one:\n    output: "out/one"\n    shell: "touch {output}"\n')
+    assert driver.wait(60) == 0, (tmp_path / "driver.log").read_text()
+    assert "left 0" in (tmp_path / "driver.log").read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_drivers_job_that_nobody_asks_for_is_accounted_for(tmp_path):
     """Its work is done before the next driver needs it, or is no part of what that one makes."""
     snakefile = TRAIN + 'rule other:\n    output: "out/other"\n    shell: "sleep 8; touch {output}"\n'
