@@ -6,7 +6,7 @@ session and tells the driver about it in a status file, because the inner Snakem
     state       waiting (for a GPU or a CPU), running, ended
     pid, host, gpus, gpu_type, token, restart
     started, ended     unix seconds; `started` is when the command started, not when the wait for a GPU did
-    exit_code, kind    of the rule's own command, see exits.py
+    exit_code, kind    of the rule's own command, see exits.py; known before the last of its processes is gone
     step               the newest `step N` of the log: tells whether a walltime was reached with or without progress
     asked              the signal that asked it to stop, if one did
 
@@ -189,6 +189,10 @@ class Allocation:
             superseded = superseded or _read(self.token_file) not in ("", status.token)
             if superseded or (stop_by and time.time() > stop_by):
                 _kill_all()
+        # Known from here on: SLURM may kill us while we wait for the rest.
+        status.step = newest_step(self.log)
+        status.exit_code, status.kind = self._verdict(child.returncode, exit_codes, status, previous, superseded)
+        self._write(status)
         if status.asked:  # the shell is gone, a rank may still be saving
             _end_descendants((stop_by or time.time() + KILLED_WITHIN_SECONDS) - time.time())
         else:

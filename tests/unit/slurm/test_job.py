@@ -118,6 +118,23 @@ def test_a_second_signal_while_a_trainer_exits_does_no_harm(tmp_path):
     assert (status["exit_code"], status["kind"]) == (85, "checkpointed")
 
 
+def test_the_exit_code_is_known_before_the_last_process_is_gone(tmp_path):
+    """One that hangs is killed by SLURM at the end of the grace time, and this job with it."""
+    hanging = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); open('hangs', 'w'); time.sleep(60)"
+    (tmp_path / "hanging.py").write_text(hanging)
+    process = start(tmp_path, f"bash -c '{sys.executable} hanging.py & {sys.executable} trainer.py > log' || exit 1")
+    wait_for(tmp_path / "log", "ready")
+    wait_for(tmp_path / "hangs")
+    process.send_signal(signal.SIGUSR2)
+    wait_for(tmp_path / "job/status-0.json", '"exit_code": 85')
+    children = psutil.Process(process.pid).children(recursive=True)
+    status = read_status(tmp_path / "job", 0)
+    for one in (process, *children):
+        one.kill()
+    assert children
+    assert (status["state"], status["kind"], status["step"]) == ("running", "checkpointed", 7)
+
+
 def test_cancelling_ends_the_whole_tree(tmp_path):
     """Also what has left the process group, and what ignores the request."""
     stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('pids', 'a').write(f'{os.getpid()}\\n'); time.sleep(60)"
