@@ -246,6 +246,9 @@ def run_kv_cache(
     settings: BenchmarkSettings, device: torch.device, compiles: bool, arguments: argparse.Namespace
 ) -> tuple[Iterable[dict], dict]:
     """Rows and facts of kv_cache.json."""
+    known = (*kv_cache.CASES, *serving.FACTS)
+    if unknown := next((case for case in arguments.case if case not in known), None):
+        raise UserError(f"benchmark kv_cache: --case {unknown}: there is no such row; there are {', '.join(known)}.")
     own = settings.benchmark
     model = decoding_model(settings, device, arguments)
     reach = model.cos.size(0)

@@ -42,6 +42,7 @@ CHECKED_ROWS = 16  # whose tokens are held against a full pass
 MEASURED = ("tokens_per_second", "ms_per_step", "floor_fraction", "outputs_equal", "predicted_tokens_per_second")
 BUDGET_SECONDS = {"cuda": 5.0, "cpu": 1.5}  # of the repetitions of one case at one batch size
 OWN_CASES = ("recompute_eager", "cache_eager", "cache_graph")
+CASES = (*OWN_CASES, "recompute_compiled", *peers.CASES)
 CASE_SECONDS = 60.0  # of one case over all batch sizes; sizes that it does not reach are marked as not run
 
 Run = Callable[[list[list[int]]], dict]

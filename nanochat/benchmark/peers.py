@@ -20,6 +20,9 @@ VLLM_MEMORY = 0.4  # of the GPU; the rest stays with the other cases
 LLAMA_BATCH = 2048  # tokens that llama.cpp takes at a time
 
 
+CASES = ("transformers_dynamic", "transformers_static", "vllm", "llama_cpp")
+
+
 def cases(model: GPT, new_tokens: int) -> dict[str, Run | str]:
     """For each library a function that generates `new_tokens` for each prompt, or why there is none."""
     found: dict[str, Run | str] = {}

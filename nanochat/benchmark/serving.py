@@ -15,6 +15,7 @@ from nanochat.infer.requests import Request
 from nanochat.model.gpt import GPT
 from nanochat.progress import say
 
+FACTS = ("capture", "mixed", "long_prompt", "deep")
 MIXED_REQUESTS, MIXED_PROMPT, MIXED_NEW = 512, (10, 500), (10, 400)
 MIXED_ROWS = 93
 LONG_PROMPT = 2048
@@ -22,13 +23,14 @@ DEEP = {"depth": 20, "width": 1280, "heads": 10, "kv_heads": 10}
 
 
 def measure(model: GPT, rates: Rates, seed: int, only: Collection[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The facts `capture`, `mixed`, `long_prompt` and `deep` of kv_cache.json, one by one. only: of them these alone; empty: all."""
-    for name, measured in (
-        ("capture", lambda: capture_seconds(model, MIXED_ROWS, 256)),
-        ("mixed", lambda: mixed(model, seed)),
-        ("long_prompt", lambda: long_prompt(model, rates, seed)),
-        ("deep", lambda: deep(model, rates, seed)),
-    ):
+    """The FACTS of kv_cache.json, one by one. only: of them these alone; empty: all."""
+    measurements = (
+        lambda: capture_seconds(model, MIXED_ROWS, 256),
+        lambda: mixed(model, seed),
+        lambda: long_prompt(model, rates, seed),
+        lambda: deep(model, rates, seed),
+    )
+    for name, measured in zip(FACTS, measurements, strict=True):
         if only and name not in only:
             continue
         found = measured()

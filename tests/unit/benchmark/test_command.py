@@ -169,7 +169,7 @@ def test_a_case_that_there_is_none_of_is_named_and_nothing_written(tmp_path, cap
     assert "--case d3: there is no such row" in capsys.readouterr().err
     assert not (tmp_path / "trainer.json").exists()
     assert main(["benchmark", "kv-cache", *where, "--case", "cache_egaer"]) == 2
-    assert "--case cache_egaer: there is no such row" in capsys.readouterr().err
+    assert "--case cache_egaer: there is no such row; there are recompute_eager, " in capsys.readouterr().err
     assert not (tmp_path / "kv_cache.json").exists()
 
 
@@ -341,7 +341,7 @@ def test_other_libraries_are_named_when_they_are_missing(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     found = peers.cases(random_model(TINY), 12)
     assert found["vllm"] == "skipped: vllm is not installed"
-    assert set(found) == {"transformers_dynamic", "transformers_static", "vllm", "llama_cpp"}
+    assert tuple(found) == peers.CASES
 
 
 def test_a_peer_has_as_many_parameters_as_the_model():
