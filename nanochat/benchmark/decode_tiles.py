@@ -221,14 +221,16 @@ class TimedStep:
             return
         from triton.runtime._async_compile import AsyncCompileMode
 
-        step, kernels, products = self.step, self.step.kernels, self.step.products
-        step.without, step.kernels, step.products = None, _Compiling(kernels), _Compiling(products)
+        step = self.step
+        modules = {name: getattr(step, name) for name in ("kernels", "attention", "products")}
+        step.without = None
         try:
+            vars(step).update({name: _Compiling(module) for name, module in modules.items()})
             with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
                 for plan in plans:
                     self._steps(plan, 1)
         finally:
-            step.kernels, step.products = kernels, products
+            vars(step).update(modules)
 
     @torch.no_grad()
     def _steps(self, plan: Plan, count: int) -> None:

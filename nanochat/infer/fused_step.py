@@ -127,9 +127,9 @@ class FusedStep:
 
     def __init__(self, model: GPT, cache: KVCache, state: Rows):
         """Copies the weights once when they are not in compute_dtype already: a model trained further needs a new one."""
-        from nanochat.infer import decode_kernels, product_kernels
+        from nanochat.infer import attention_kernels, decode_kernels, product_kernels
 
-        self.kernels, self.products = decode_kernels, product_kernels
+        self.kernels, self.attention, self.products = decode_kernels, attention_kernels, product_kernels
         self.config, self.cache, self.state = model.config, cache, state
         config, dtype, device = model.config, model.compute_dtype, model.device
         self.width, self.head_dim = config.width, config.width // config.heads
@@ -330,11 +330,11 @@ class FusedStep:
             totals = self._part("totals", splits, self.capacity, config.heads)
         group, positions = config.heads // config.kv_heads, plan.positions * 64 // max(64, self.head_dim)
         if group == 1:
-            kernel, heads = self.kernels.attend, (config.heads,)
+            kernel, heads = self.attention.attend, (config.heads,)
             # A thread loads 16 bytes at once.
             cut = (positions, min(positions, max(1, 32 * plan.attention_warps * 8 // self.head_dim)))
         else:
-            kernel, heads = self.kernels.attend_in_groups, (config.heads, config.kv_heads)
+            kernel, heads = self.attention.attend_in_groups, (config.heads, config.kv_heads)
             cut = (max(16, _power_of_two(group)), max(16, positions))  # tensor cores take no fewer
         kernel[(rows, config.kv_heads, splits)](
             self.qkv,
@@ -365,7 +365,7 @@ class FusedStep:
             **self._launch(plan.attention_warps),
         )
         if splits > 1:
-            self.kernels.merge[(rows, config.heads)](
+            self.attention.merge[(rows, config.heads)](
                 out, totals, self.attended, self.capacity, config.heads, self.head_dim, splits, **self._launch(1)
             )
 

@@ -169,7 +169,7 @@ def test_a_plan_that_computes_something_else_is_refused(step, monkeypatch):
 def test_leaving_a_kernel_out_saves_it_alone(step, name, monkeypatch):
     """Counted by the kernels' launches: as many fewer as the step has of that one."""
     launches = []
-    for module in (step.step.kernels, step.step.products):
+    for module in (step.step.kernels, step.step.attention, step.step.products):
         for kernel in ("embed", "attend", "finish", "matmul"):
             if (found := getattr(module, kernel, None)) is not None and hasattr(found, "run"):
                 monkeypatch.setattr(module, kernel, _Counted(found, launches))
