@@ -63,10 +63,9 @@ ATTENTION_SIZES: dict[str, tuple[int, ...]] = {
     "attention_held": (0, 1, 2, 3, 4, 6, 8),
     "attention_stages": (1, 2, 3, 4),
     "attention_registers": (0, 112, 96, 128, 80, 64),  # those most likely to help next to no limit
-    "attention_asks": (False, True),
 }
-# Of keys and values the L2 cache is asked for so many megabytes, from the product so many before attention on, by so many products.
-MEGABYTES_AHEAD, PRODUCTS_AHEAD = (8, 16, 24, 32), ((1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4))
+# Of keys and values the L2 cache is asked for so many megabytes, by the product so many before attention.
+MEGABYTES_AHEAD, PRODUCTS_AHEAD = (8, 16, 24, 32), (1, 2, 3)
 # Sizes that are often better changed together: one gives the room that the other needs.
 PAIRS = {
     frozenset(pair)
@@ -80,7 +79,6 @@ PAIRS = {
         ("positions", "attention_held"),
         ("attention_warps", "attention_held"),
         ("attention_held", "attention_registers"),
-        ("attention_held", "attention_asks"),
     )
 }
 
@@ -120,7 +118,7 @@ def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[d
         times = step.times(first, without=name)
         costs[name] = statistics.median(before) - statistics.median(times)
         yield row(f"without_{name}", times, saved_microseconds=1e6 * costs[name])
-    times = step.times(replace(first, ahead_megabytes=0, attention_asks=False))
+    times = step.times(replace(first, ahead_megabytes=0))
     yield row("without_ahead", times, saved_microseconds=1e6 * (statistics.median(before) - statistics.median(times)))
     plan = first
     search = Search(step, first, statistics.median(before), time.monotonic() + seconds)
@@ -316,11 +314,8 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
     if name == "whole":
         return _others(plan, step)
     if name == "ahead":
-        asked = ((0, (1, 1)), *product(MEGABYTES_AHEAD, PRODUCTS_AHEAD))
-        others = (
-            replace(plan, ahead_megabytes=megabytes, ahead_products=products, ahead_parts=parts)
-            for megabytes, (products, parts) in asked
-        )
+        asked = ((0, 1), *product(MEGABYTES_AHEAD, PRODUCTS_AHEAD))
+        others = (replace(plan, ahead_megabytes=megabytes, ahead_products=products) for megabytes, products in asked)
         return [other for other in others if other != plan]
     if name == "attend":
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]

@@ -8,7 +8,7 @@ Shapes: R rows, H heads, KV heads of keys, D head size, L cache length.
 import triton
 import triton.language as tl
 
-from nanochat.infer.dependent_launch import fetch_positions, start, wait
+from nanochat.infer.dependent_launch import start, wait
 
 EPSILON = tl.constexpr(1e-6)  # of model.kernels.norm
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,8 +39,6 @@ def attend(
     SPLITS: tl.constexpr,
     HELD: tl.constexpr,  # tiles in registers, on their way or there: from before the wait on
     STAGES: tl.constexpr,  # HELD = 0: tiles on their way through shared memory
-    AHEAD: tl.constexpr,  # positions of a piece that the L2 cache is asked for before the wait; 0: for none
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Turn, norm and store the new key, store the new value (GATED: with its embedding), attend to the filled part of the row. Grid (R, H, SPLITS).
@@ -71,9 +69,6 @@ def attend(
         held_at = (first + tile * BLOCK_T) * WORDS + at
         held_k = held_k + (tl.load(_words(keys) + held_at, mask=there, other=0),)  # noqa: RUF005
         held_v = held_v + (tl.load(_words(values) + held_at, mask=there, other=0),)  # noqa: RUF005
-    if AHEAD:
-        fetch_positions(keys, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
-        fetch_positions(values, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
     own = line[:, :, None] * 0 + word  # (LINES, 1, WORDS), the same in each line
     turn_at, sign = here * (WORDS // 2) + own % (WORDS // 2), tl.where(own < WORDS // 2, 1.0, -1.0)
     turn_cos, turn_sin = tl.load(_words(cos) + turn_at), tl.load(_words(sin) + turn_at)
@@ -229,8 +224,6 @@ def attend_in_groups(
     SPLITS: tl.constexpr,
     HELD: tl.constexpr,  # tiles fetched into registers before the wait
     STAGES: tl.constexpr,  # tiles in flight of those that follow
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`attend` where several queries share a head of keys, on tensor cores. Grid (R, KV, SPLITS)."""
@@ -249,9 +242,6 @@ def attend_in_groups(
         held_at = (first + tile * BLOCK_T) * D + at
         held_k = held_k + (tl.load(keys + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
         held_v = held_v + (tl.load(values + held_at, mask=seen[:, None], other=0.0),)  # noqa: RUF005
-    if AHEAD:
-        fetch_positions(keys, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
-        fetch_positions(values, first + HELD * BLOCK_T, last, D, AHEAD, THREADS)
     turn_cos = tl.load(cos + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.load(sin + here * (D // 2) + d % (D // 2)).to(tl.float32)
     turn_sin = tl.where(d < D // 2, turn_sin, -turn_sin)

@@ -1,8 +1,8 @@
 """Programmatic dependent launch (PDL, Hopper): a kernel starts while the one before it still runs, and fetches what does not
 depend on that one before it waits for it. PDL = 0: nothing of it; 2: the next kernel may start only after the wait.
 
-What will be read can be asked of the L2 cache too, while the memory idles: by the kernel itself (`fetch_tile`, `fetch_positions`), or by an
-earlier one (`fetch_filled`).
+What will be read can be asked of the L2 cache too, while the memory idles: by the kernel itself (`fetch_tile`), or by an earlier one
+(`fetch_filled`).
 """
 
 import triton
@@ -54,16 +54,6 @@ def fetch_ranges(at, size):
 
 
 @triton.jit
-def fetch_positions(side, first, last, D: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask the L2 cache for one head's positions first to last - 1, of keys or values. PIECE and THREADS: positions and pieces asked for at once."""
-    SIZE: tl.constexpr = side.dtype.element_ty.primitive_bitwidth // 8
-    for begin in tl.range(first, last, PIECE * THREADS):
-        at = begin + tl.arange(0, THREADS) * PIECE
-        count = tl.minimum(tl.maximum(last - at, 0), PIECE)
-        fetch_ranges((side + at * D).to(tl.int64), count * (D * SIZE))
-
-
-@triton.jit
 def fetch_filled(
     keys,  # (rows, KV, L, D) in memory, of the attention to come
     values,
@@ -71,7 +61,6 @@ def fetch_filled(
     running,  # (R,) bool
     length,  # L
     rows,
-    skipped,
     pieces,
     window,
     program,
@@ -81,14 +70,12 @@ def fetch_filled(
     PIECE: tl.constexpr,  # 0: nothing is asked for
     THREADS: tl.constexpr,  # of a program: each asks for a piece or two
 ):
-    """Ask the L2 cache for what `attend` will read: of each row's heads `pieces` of PIECE positions, behind the first `skipped`. Each program for its share."""
+    """Ask the L2 cache for what `attend` will read: of each row's heads the first `pieces` of PIECE positions. Each program for its share."""
     if PIECE:
         SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
         for begin in tl.range(0, tl.cdiv(rows * KV_HEADS * pieces, programs), THREADS):
             piece = (begin + tl.arange(0, THREADS)) * programs + program
-            head, first, count = piece_of(
-                piece, position, running, length, rows, skipped, pieces, window, KV_HEADS, PIECE
-            )
+            head, first, count = piece_of(piece, position, running, length, rows, pieces, window, KV_HEADS, PIECE)
             at = (head.to(tl.int64) * length + first) * D
             size = count * (D * SIZE)
             fetch_ranges((keys + at).to(tl.int64), size)
@@ -96,9 +83,7 @@ def fetch_filled(
 
 
 @triton.jit
-def piece_of(
-    piece, position, running, length, rows, skipped, pieces, window, KV_HEADS: tl.constexpr, PIECE: tl.constexpr
-):
+def piece_of(piece, position, running, length, rows, pieces, window, KV_HEADS: tl.constexpr, PIECE: tl.constexpr):
     """Of a piece the head, counted through all rows, its first position and how many it has, int32; none where there is nothing to read."""
     head = piece // pieces
     inside = head < rows * KV_HEADS
@@ -107,5 +92,5 @@ def piece_of(
     here = tl.minimum(tl.load(position + row, mask=inside, other=0), length - 1).to(tl.int32)
     alive = tl.load(running + row, mask=inside, other=0).to(tl.int1)
     oldest = tl.where(window > 0, tl.maximum(here - (window - 1), 0), 0)
-    first = oldest + (skipped + piece % pieces) * PIECE
+    first = oldest + piece % pieces * PIECE
     return head, first, tl.where(alive, tl.minimum(tl.maximum(here - first, 0), PIECE), 0)

@@ -81,12 +81,10 @@ class Plan:
     )
     # That a thread may use, so that more programs wait side by side; 0: as many as the compiler likes.
     attention_registers: int = 0
-    attention_asks: bool = False  # the L2 cache for all other tiles before it waits
     # Of a layer's keys and values, of all rows together, that the L2 cache is asked for before its attention, while the memory
-    # idles: by the product so many before it (1: right before it) and those behind that one, each for as much, `ahead_parts` in all.
+    # idles: by the product so many before it (1: right before it).
     ahead_megabytes: int = 0
     ahead_products: int = 1
-    ahead_parts: int = 1
 
     def __post_init__(self):
         """ValueError for tiles of too few columns."""
@@ -247,20 +245,16 @@ class FusedStep:
         """What the tile of a step's product of that number is called in a plan."""
         return PRODUCTS[product % 4] if product < len(self.weights) - 1 else "head"
 
-    def _keys_asked(self, rows: int, plan: Plan, product: int) -> tuple[int, int, int]:
-        """Whose keys and values a product asks the L2 cache for: the layer, how many pieces of each row it skips, and asks for."""
+    def _keys_asked(self, rows: int, plan: Plan, product: int) -> tuple[int, int]:
+        """Whose keys and values a product asks the L2 cache for: the layer, and how many pieces of each row; (0, 0): none."""
+        # Nothing before it in the step asks for the first layer's.
+        attention = product + plan.ahead_products - 1 if product else 0
+        layer = attention // 4
+        if not self.pdl or attention % 4 or layer == self.config.depth:
+            return 0, 0
         piece_bytes = 2 * AHEAD_POSITIONS * self.config.kv_heads * self.head_dim * self.x.element_size()
-        all_pieces = min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), -(-self.cache.length // AHEAD_POSITIONS))
-        if not self.pdl or not all_pieces:
-            return 0, 0, 0
-        if product == 0:  # nothing before it in the step asks for the first layer's
-            return 0, 0, all_pieces
-        layer = -(-product // 4)  # whose attention comes next
-        part = plan.ahead_products - 1 - (4 * layer - product)
-        if layer == self.config.depth or not 0 <= part < plan.ahead_parts:
-            return 0, 0, 0
-        skipped, end = (all_pieces * n // plan.ahead_parts for n in (part, part + 1))
-        return layer, skipped, end - skipped
+        most = -(-self.cache.length // AHEAD_POSITIONS)
+        return layer, min(plan.ahead_megabytes * 2**20 // (rows * piece_bytes), most)
 
     def _matmul(
         self, rows: int, plan: Plan, product: int, x: Tensor, out: Tensor, epilogue, parts: int, most_parts: int
@@ -269,7 +263,7 @@ class FusedStep:
         weight = self.weights[product]
         outer, inner = weight.shape
         tile = getattr(plan, self._named(product)).fitted(inner)
-        layer, skipped, pieces = self._keys_asked(rows, plan, product)
+        layer, pieces = self._keys_asked(rows, plan, product)
         blocks = -(-outer // tile.n)
         sampling = self.state.sampling
         split = epilogue == self.products.ADD and tile.splits > 1
@@ -294,7 +288,6 @@ class FusedStep:
             blocks,
             self.config.logit_softcap,
             self.cache.length,
-            skipped,
             pieces,
             self.windows[layer] or 0,
             outer,
@@ -359,8 +352,6 @@ class FusedStep:
             splits,
             HELD=plan.attention_held,
             STAGES=plan.attention_stages,
-            AHEAD=AHEAD_POSITIONS if self.pdl and plan.attention_asks else 0,
-            THREADS=32 * plan.attention_warps,
             **({"maxnreg": plan.attention_registers} if plan.attention_registers else {}),
             **self._launch(plan.attention_warps),
         )

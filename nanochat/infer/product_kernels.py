@@ -23,7 +23,7 @@ DRAW = tl.constexpr(4)  # the same after Gumbel noise: a draw
 LOGITS = tl.constexpr(5)
 
 
-UNSPECIALIZED = ["rows", "parts", "capacity", "blocks", "softcap", "length", "skipped", "pieces", "window"]
+UNSPECIALIZED = ["rows", "parts", "capacity", "blocks", "softcap", "length", "pieces", "window"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -48,8 +48,7 @@ def matmul(
     blocks,  # of columns
     softcap,
     length,  # L of the keys and values      ]
-    skipped,  # pieces of each row           ]
-    pieces,  # asked for, behind those       ] for AHEAD
+    pieces,  # of each row                   ] for AHEAD
     window,  # of that attention; 0: none    ]
     N,
     K: tl.constexpr,
@@ -106,7 +105,7 @@ def matmul(
             tile_at = weight + block.to(tl.int64) * BLOCK_N * K + base
             fetch_tile(tile_at, N - block * BLOCK_N, BLOCK_N, K // SPLITS * SIZE, K * SIZE)
     fetch_filled(
-        ahead_keys, ahead_values, position, running, length, rows, skipped, pieces, window, program, programs, KV_HEADS, D,
+        ahead_keys, ahead_values, position, running, length, rows, pieces, window, program, programs, KV_HEADS, D,
         AHEAD, THREADS,
     )  # fmt: skip
     wait(PDL)

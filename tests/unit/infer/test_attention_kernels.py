@@ -56,8 +56,7 @@ def test_attention_reads_what_is_seen_and_stores_the_new_token(
         kernel, cut = attention.attend_in_groups, (heads, kv_heads, head_dim, 16, max(16, tile))
     kernel[(rows, kv_heads, splits)](
         qkv, keys.tensor, values.tensor, out.tensor if splits == 1 else parts.tensor, totals.tensor, cos, sin, position, running,
-        position, qkv, length, capacity, qkv[0].numel(), False, window, *cut, splits, HELD=held, STAGES=stages, AHEAD=16 * PDL["PDL"],
-        THREADS=64, num_warps=2, **PDL,
+        position, qkv, length, capacity, qkv[0].numel(), False, window, *cut, splits, HELD=held, STAGES=stages, num_warps=2, **PDL,
     )  # fmt: skip
     if splits > 1:
         attention.merge[(rows, heads)](

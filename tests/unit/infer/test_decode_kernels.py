@@ -57,7 +57,7 @@ def test_products_and_their_ends(dtype, tile, rows, outer, inner):
         grid = (blocks, -(-rows // tile.m), 1)
         products.matmul[grid](
             x, weight, out, index, squares, squares_out, temperature, seed, position, x, x, position, squares, index, rows,
-            parts, capacity, blocks, softcap, 1, 0, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
+            parts, capacity, blocks, softcap, 1, 0, 0, outer, inner, tile.m, tile.n, tile.k, 1, tile.lanes, tile.stages,
             NORMED=with_norm, PARTS=4, EPILOGUE=epilogue.value, **NOTHING_AHEAD, num_warps=tile.warps, **PDL,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_parts_of_a_product_add_up_time_and_again(dtype, splits, tile):
         stream.tensor.copy_(expected)
         products.matmul[(blocks, -(-rows // tile.m), splits)](
             x, weight, stream.tensor, arrived, sums.tensor, sums.tensor, sums.tensor, sums.tensor, sums.tensor, x, x, arrived,
-            shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
+            shares.tensor, arrived, rows, 0, capacity, blocks, 15.0, 1, 0, 0, width, inner, tile.m, tile.n, tile.k, splits,
             tile.lanes, tile.stages, NORMED=False, PARTS=1, EPILOGUE=products.ADD.value, **NOTHING_AHEAD, **PDL,
         )  # fmt: skip
         assert not arrived.any()
@@ -143,7 +143,6 @@ def _pieces(
     running,
     length,
     rows,
-    skipped,
     pieces,
     window,
     HEADS: tl.constexpr,
@@ -151,24 +150,21 @@ def _pieces(
     COUNT: tl.constexpr,
 ):
     piece = tl.arange(0, COUNT)
-    head, first, count = dependent_launch.piece_of(
-        piece, position, running, length, rows, skipped, pieces, window, HEADS, PIECE
-    )
+    head, first, count = dependent_launch.piece_of(piece, position, running, length, rows, pieces, window, HEADS, PIECE)
     tl.store(out + piece, head.to(tl.int32))
     tl.store(out + COUNT + piece, first)
     tl.store(out + 2 * COUNT + piece, count)
 
 
-@pytest.mark.parametrize("skipped", [0, 1, 3])
 @pytest.mark.parametrize(("pieces", "window"), [(5, 0), (3, 0), (5, 9), (2, 9), (1, 1)])
-def test_what_is_fetched_ahead_is_what_attention_sees(skipped, pieces, window):
-    """Of each head of a running row the positions that `attend` reads, behind those skipped up to the limit, once each; nothing else."""
+def test_what_is_fetched_ahead_is_what_attention_sees(pieces, window):
+    """Of each head of a running row the positions that `attend` reads, up to the limit, once each; nothing else of the cache."""
     length, heads, size, count = 40, 3, 8, 128
     positions, running = [0, 1, 17, 39, 55], [True, True, True, True, False]
     found = torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
     _pieces[(1,)](
-        found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), skipped,
-        pieces, window, heads, size, count,
+        found, torch.tensor(positions, device=DEVICE), torch.tensor(running, device=DEVICE), length, len(positions), pieces,
+        window, heads, size, count,
     )  # fmt: skip
     read: dict[int, list[int]] = {head: [] for head in range(len(positions) * heads)}
     for head, first, many in found.T.tolist():
@@ -177,7 +173,7 @@ def test_what_is_fetched_ahead_is_what_attention_sees(skipped, pieces, window):
         row = head // heads
         here = min(positions[row], length - 1)
         seen = range(max(0, here - window + 1) if window else 0, here if running[row] else 0)
-        assert positions_read == list(seen)[skipped * size :][: pieces * size]
+        assert positions_read == list(seen)[: pieces * size]
 
 
 @triton.jit
