@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 SAME_SPEED = 0.01  # below this difference the smaller batch wins: it leaves memory free
-PAYS = 0.03  # on a CPU growth goes on while it gains at least this
+PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
 TIMED = 2  # so many of the largest candidates are always timed
 STRAIGHT = 0.03  # a line that predicts the largest probe this well holds
 UNSURE = 0.10  # without that, what is predicted to be this little too large is tried all the same
@@ -215,4 +215,9 @@ def _chosen(tried: Tried, candidates: list[int], largest: int) -> Found:
         reason += f", but for less than {SAME_SPEED:.0%}"
     if tried.too_large < math.inf or largest > max(candidates):
         reason += f"; {largest} rows fit in memory"
+    # What no split of a step reaches was tried for its memory; that it is faster says something of the step.
+    larger = [one for n, one in tried.probes.items() if n > max(candidates) and tried.known_to_fit(n)]
+    best = max(larger, key=lambda one: one.tokens_per_second, default=None)
+    if best and best.tokens_per_second > fastest * (1 + PAYS):
+        reason += f"; {best.device_batch_size} rows reach {best.tokens_per_second:,.0f} tokens/s, for which tokens_per_step is too small"
     return Found(chosen, largest, largest in tried.probes, tried.off, list(tried.probes.values()), reason)

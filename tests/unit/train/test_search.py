@@ -128,6 +128,18 @@ def test_within_one_percent_the_smaller_is_chosen():
     assert "for less than 1%" in found.reason
 
 
+def test_a_step_too_small_for_the_device_is_named():
+    """From a size that was tried for its memory alone; not for a gain that is noise."""
+    law = Law(850, per_row=1, fixed=30, speed=lambda n: 1000.0 + n)
+    found = search(law, divisors(64), 720, 512, 64)
+    larger = max(law.tried)
+    assert found.chosen.device_batch_size == 64
+    assert f"; {larger} rows reach {1000 + larger:,} tokens/s, for which tokens_per_step is too small" in found.reason
+    assert larger > 3 * 64
+    found = search(Law(850, per_row=1, fixed=30, speed=lambda n: 1000.0 + n / 20), divisors(64), 720, 512, 64)
+    assert "tokens_per_step" not in found.reason
+
+
 def test_growth_on_a_cpu_ends_where_it_no_longer_pays():
     law = Law(1e9, speed=lambda n: float(min(n, 8)))
     found = search_while_it_pays(law, divisors(512), 10**9, first=4)
