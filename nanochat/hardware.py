@@ -62,12 +62,10 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 PREFILL_ROWS = 32  # prompts computed side by side through a scratch cache, at most
 MOST_PROMPTS = 128  # of a pass that needs none
 PREFILL_TOKENS = 16_384  # of a pass on a GPU, at most
-# Measured with torch's allocator on an H100: activations of a token of a pass, in widths of the model.
-PREFILL_WIDTHS = 17
 DRAWN_ROWS = 128  # of which tokens are drawn at once, at most
-DRAW_COPIES = (
-    10  # of their float32 (R, V) logits that a draw needs beside them, most of it for the sort of top-p; 9.25 measured
-)
+# By torch's allocator on an H100: activations of a token of a pass, in widths of the model, and what a draw takes beside its float32
+# (R, V) logits, in copies of them: 9.25, most of it for the sort of top-p.
+PREFILL_WIDTHS, DRAW_COPIES = 17, 10
 LOGIT_COPIES = 2  # of all rows' logits in a decode step
 
 

@@ -11,8 +11,8 @@ tuned          with the best plan found, timed in turns with the first one
 
 The search tries the whole plans of other numbers of rows, then changes one tile at a time, one or two of its sizes at a time or all
 to those of another number of rows, keeps what is faster by more than the noise, and ends where no such change is left, or when its
-time is used up. A plan whose kernels compute
-something else is not taken. Plans that do not run, too large for the device for one, are counted in `failed`, by what they raised.
+time is used up. A plan whose kernels compute something else is not taken. Plans that do not run, too large for the device for one,
+are counted in `failed`, by what they raised.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from nanochat.benchmark.timing import seconds_of, spread
 from nanochat.infer import fused_step
 from nanochat.infer.decode import Rows
 from nanochat.infer.decoder import STEPS_IN_A_ROW, captured
-from nanochat.infer.fused_step import FEWEST_HEAD_COLUMNS, FusedStep, Plan, Tile, plan_for
+from nanochat.infer.fused_step import FEWEST_HEAD_COLUMNS, FusedStep, Plan, Tile, plan_for, power_of_two
 from nanochat.infer.sampling import Kind
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT
@@ -346,17 +346,12 @@ def _others(plan: Plan, step: TimedStep) -> list[Plan]:
 
 def _widened(tile: Tile, rows: int) -> Tile:
     """The tile as high as rows in all, if it is for few rows; no higher than them, if it is for more."""
-    return replace(tile, m=_power_of_two(rows) if tile.m < 16 else min(tile.m, max(16, _power_of_two(rows))))
+    return replace(tile, m=power_of_two(rows) if tile.m < 16 else min(tile.m, max(16, power_of_two(rows))))
 
 
 def _inner(name: str, step: TimedStep) -> int:
     """K of a product."""
     return step.model.config.width * (4 if name == "down" else 1)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is at least `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def holds(plan: Plan, head_dim: int) -> bool:
@@ -389,7 +384,7 @@ def fits(tile: Tile, inner: int, rows: int, adds: bool) -> bool:
     """
     if tile.splits > 1 and not adds:
         return False
-    most = max(_power_of_two(rows), 16 if tile.m >= 16 else 1)
+    most = max(power_of_two(rows), 16 if tile.m >= 16 else 1)
     if tile.m > most or (tile.m < 16 and rows > 8) or (tile.m >= 16 and tile.n < 8):
         return False
     threads, part = 32 * tile.warps, inner // tile.splits

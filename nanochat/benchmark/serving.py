@@ -7,12 +7,15 @@ import time
 from collections.abc import Collection, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from nanochat.benchmark.roofline import Rates, cached_step, recomputed_step
 from nanochat.benchmark.timing import repeat, seconds_of
+from nanochat.infer.decoder import captured
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.model.gpt import GPT
+from nanochat.model.kernels import causal_attention
 from nanochat.progress import say
 
 FACTS = ("capture", "mixed", "long_prompt", "deep")
@@ -67,7 +70,9 @@ def mixed(model: GPT, seed: int, requests: int = MIXED_REQUESTS, rows: int = MIX
 def long_prompt(model: GPT, rates: Rates, seed: int) -> dict:
     """Time to the first token of one long prompt, over the time that its operations take at the measured rate.
 
-    pass_seconds  of it, the captured pass alone; the rest is the host's, and drawing the token
+    pass_seconds       of it, the captured pass alone; the rest is the host's, and drawing the token
+    products_seconds   of the pass, what the layers' products take by themselves, as the library does them
+    attention_seconds  and their attention
     """
     length = min(LONG_PROMPT, model.cos.size(0) - 1)
     prompt = random.Random(seed).choices(range(model.config.vocab_size), k=length)
@@ -77,6 +82,36 @@ def long_prompt(model: GPT, rates: Rates, seed: int) -> dict:
     found = {"prompt_tokens": length, "seconds": seconds, "floor_seconds": floor, "over_floor": seconds / floor}
     for graph, _ in engine.prefill.fused.captured.values() if engine.prefill.fused else ():
         found["pass_seconds"] = statistics.median(repeat(graph.replay, model.device, 20, 2.0))
+    return found | library_seconds(model, length)
+
+
+@torch.no_grad()
+def library_seconds(model: GPT, tokens: int) -> dict:
+    """What the libraries' kernels that a pass over one prompt stands on take alone: no pass with them is faster.
+
+    Of the last layer's products only queries, keys and values: past those there is one token left.
+    """
+    heads, dtype, device = model.config.heads, model.compute_dtype, model.device
+    kv_heads, head_dim = model.config.kv_heads, model.config.width // heads
+    layers = [(b.attention.qkv, b.attention.out, b.mlp.up, b.mlp.down) for b in model.blocks]
+    products = [linear.weight.to(dtype) for layer in layers for linear in layer][:-3]
+    inputs = {n: torch.randn(tokens, n, device=device, dtype=dtype) for n in {w.size(1) for w in products}}
+    queries, keys, values = (
+        torch.randn(1, n, tokens, head_dim, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
+    )
+
+    def multiply() -> None:
+        for weight in products:
+            F.linear(inputs[weight.size(1)], weight)
+
+    def attend() -> None:
+        for block in model.blocks[:-1]:
+            causal_attention(queries, keys, values, block.attention.window)
+
+    found = {}
+    for name, work in (("products_seconds", multiply), ("attention_seconds", attend)):
+        run = captured(work, None)[0].replay if device.type == "cuda" else work
+        found[name] = statistics.median(repeat(run, device, 20, 2.0))
     return found
 
 

@@ -19,10 +19,8 @@ from nanochat.model.gpt import GPT, Block
 GATE_ROWS = 16  # to a multiple of so many the gates' rows are filled up: what follows them stays aligned
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = ("qkv", "out", "up", "down")  # of a layer, in their order
-FEWEST_COLUMNS, FEWEST_HEAD_COLUMNS = (
-    4,
-    16,
-)  # of a program: what it leaves for each of its blocks has room for so many blocks
+# Of a program, in a product and in the head: what is left for each block of columns has room for no more of them.
+FEWEST_COLUMNS, FEWEST_HEAD_COLUMNS = 4, 16
 AHEAD_POSITIONS = 16  # of a head, that one thread asks the L2 cache for at once
 
 
@@ -76,9 +74,8 @@ class Plan:
     positions: int  # of a tile of attention, for heads of up to 64; fewer for larger ones
     attention_warps: int
     attention_held: int  # tiles of keys and values in registers, fetched from before waiting for the queries on
-    attention_stages: int = (
-        1  # with none held, or several queries to a head of keys: tiles in flight through shared memory
-    )
+    # With none held, or where several queries share a head of keys: tiles in flight through shared memory.
+    attention_stages: int = 1
     # That a thread may use, so that more programs wait side by side; 0: as many as the compiler likes.
     attention_registers: int = 0
     # Of a layer's keys and values, of all rows together, that the L2 cache is asked for before its attention, while the memory
@@ -101,7 +98,7 @@ def plan_for(rows: int) -> Plan:
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
     """
     if rows <= 2:
-        m = _power_of_two(rows)
+        m = power_of_two(rows)
         wide = Tile(m, 16, 256)
         return Plan(wide, Tile(m, 4, 256), wide, Tile(m, 4, 1024), wide, 64, 4, 2, ahead_megabytes=8, ahead_products=2)
     if rows <= 16:
@@ -191,7 +188,7 @@ class FusedStep:
         """From the embedded tokens to the new ones; the last but `behind` - 1 of several, of which the next one's are embedded too."""
         products, width = self.products, self.width
         parts = 1
-        most_parts = _power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
+        most_parts = power_of_two(max(-(-width // plan.out.n), -(-width // plan.down.n)))
         for layer in range(self.config.depth):
             qkv, out, up, down = range(4 * layer, 4 * layer + 4)
             self._matmul(rows, plan, qkv, self.x, self.qkv, products.STORE, parts, most_parts)
@@ -238,7 +235,7 @@ class FusedStep:
             "CHANNELS": self.smear.gate.in_features if self.smear else 0,
             "SMEAR": self.smear is not None,
             "WIDTH": self.width,
-            "BLOCK": _power_of_two(self.width),
+            "BLOCK": power_of_two(self.width),
         }
 
     def _named(self, product: int) -> str:
@@ -328,7 +325,7 @@ class FusedStep:
             cut = (positions, min(positions, max(1, 32 * plan.attention_warps * 8 // self.head_dim)))
         else:
             kernel, heads = self.attention.attend_in_groups, (config.heads, config.kv_heads)
-            cut = (max(16, _power_of_two(group)), max(16, positions))  # tensor cores take no fewer
+            cut = (max(16, power_of_two(group)), max(16, positions))  # tensor cores take no fewer
         kernel[(rows, config.kv_heads, splits)](
             self.qkv,
             self.cache.keys[layer],
@@ -381,8 +378,8 @@ class FusedStep:
             self.squares,
             *self._smear(),
             state.stops.size(1),
-            _power_of_two(state.stops.size(1)),
-            _power_of_two(blocks),
+            power_of_two(state.stops.size(1)),
+            power_of_two(blocks),
             GIVEN=given is not None,
             GOES_ON=behind > 1,
             **self._entered(),
@@ -400,6 +397,6 @@ class FusedStep:
         return self.parts[name, *shape]
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The smallest that is at least `number`."""
     return 1 << (number - 1).bit_length()
