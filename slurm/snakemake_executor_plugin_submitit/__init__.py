@@ -152,7 +152,7 @@ class Executor(RemoteExecutor):
             self.driver.close()
 
     def get_python_executable(self):
-        return sys.executable
+        return f"{sys.executable} -m {__name__}.inner"  # Snakemake appends `-m snakemake ...`
 
     def additional_general_args(self):
         return "--quiet host"

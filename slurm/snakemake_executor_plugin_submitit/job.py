@@ -15,7 +15,8 @@ job; whoever trains saves and exits 85. What follows then differs:
 - SIGUSR2: requeue this job, and wait for the end that SLURM brings with it.
 - SIGTERM: SLURM requeues a preempted job only while it runs: wait to be killed, since exit 0 would end it as COMPLETED.
 The shells and the inner Snakemake between us and the trainer must outlive the signals, or the rule's outputs are removed
-while the trainer still saves: SIGUSR2 is ignored in the whole tree unless a program handles it, and each bash traps SIGTERM.
+while the trainer still saves: SIGUSR2 is ignored in the whole tree unless a program handles it, each bash traps SIGTERM,
+and the inner Snakemake does not answer it (inner.py).
 """
 
 import ctypes
