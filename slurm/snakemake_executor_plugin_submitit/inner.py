@@ -5,19 +5,21 @@ of two signals close together (SLURM's to every process of the job, and the job'
 and the job's exit code with it. The rule's command gets the signal too and decides; this process only waits for its end.
 """
 
+import os
 import runpy
 import signal
 import sys
 
 
 def keep_sigterm() -> None:
-    """From now on SIGTERM does nothing here, whatever handler is asked for."""
-    set_handler = signal.signal
+    """From now on SIGTERM does nothing in this process, whatever handler is asked for; its children are free."""
+    set_handler, process = signal.signal, os.getpid()
     # Not SIG_IGN: a rule's programs would inherit it.
     set_handler(signal.SIGTERM, lambda *_: None)
 
     def set_other_handler(number, handler):
-        return signal.getsignal(number) if number == signal.SIGTERM else set_handler(number, handler)
+        kept = number == signal.SIGTERM and os.getpid() == process
+        return signal.getsignal(number) if kept else set_handler(number, handler)
 
     signal.signal = set_other_handler
 
