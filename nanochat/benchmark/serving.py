@@ -82,11 +82,11 @@ def long_prompt(model: GPT, rates: Rates, seed: int) -> dict:
     found = {"prompt_tokens": length, "seconds": seconds, "floor_seconds": floor, "over_floor": seconds / floor}
     for graph, _ in engine.prefill.fused.captured.values() if engine.prefill.fused else ():
         found["pass_seconds"] = statistics.median(repeat(graph.replay, model.device, 20, 2.0))
-    return found | library_seconds(model, length)
+    return found | seconds_of_libraries(model, length)
 
 
 @torch.no_grad()
-def library_seconds(model: GPT, tokens: int) -> dict:
+def seconds_of_libraries(model: GPT, tokens: int) -> dict:
     """What the libraries' kernels that a pass over one prompt stands on take alone: no pass with them is faster.
 
     Of the last layer's products only queries, keys and values: past those there is one token left.

@@ -381,7 +381,7 @@ def test_mixed_lengths_long_prompts_and_captures_are_measured():
     prompt = serving.long_prompt(model, roofline.Rates(1e9, 1e9), seed=0)
     assert prompt["over_floor"] > 0
     assert min(prompt["products_seconds"], prompt["attention_seconds"]) > 0
-    shares = [serving.library_seconds(model, tokens) for tokens in (16, 4096)]
+    shares = [serving.seconds_of_libraries(model, tokens) for tokens in (16, 4096)]
     assert all(long > short > 0 for short, long in zip(*(share.values() for share in shares), strict=True))
     assert serving.capture_seconds(model, rows=2, length=16)["graphs"] == 0  # none on a CPU
 
