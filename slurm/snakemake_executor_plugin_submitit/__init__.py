@@ -95,6 +95,9 @@ class Executor(RemoteExecutor):
         self.ready = True
 
     def run_job(self, job):
+        from .sigterm import answer_in_a_thread
+
+        answer_in_a_thread()  # not earlier: the scheduler sets its handler after it made us
         try:
             submission = self.driver.submit(job, lambda: self.format_job_exec(job))
         except ValueError as error:
@@ -152,7 +155,7 @@ class Executor(RemoteExecutor):
             self.driver.close()
 
     def get_python_executable(self):
-        return f"{sys.executable} -m {__name__}.inner"  # Snakemake appends `-m snakemake ...`
+        return f"{sys.executable} -m {__name__}.sigterm"  # Snakemake appends `-m snakemake ...`
 
     def additional_general_args(self):
         return "--quiet host"

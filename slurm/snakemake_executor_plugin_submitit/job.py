@@ -16,7 +16,7 @@ job; whoever trains saves and exits 85. What follows then differs:
 - SIGTERM: SLURM requeues a preempted job only while it runs: wait to be killed, since exit 0 would end it as COMPLETED.
 The shells and the inner Snakemake between us and the trainer must outlive the signals, or the rule's outputs are removed
 while the trainer still saves: SIGUSR2 is ignored in the whole tree unless a program handles it, each bash traps SIGTERM,
-and the inner Snakemake does not answer it (inner.py).
+and the inner Snakemake does not answer it (sigterm.py).
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The Snakemake inside a job outlives every SIGTERM, and its rule decides."""
+"""SIGTERM, however often, hangs no Snakemake: neither the driver nor the one inside a job, where the rule decides."""
 
 import random
 import signal
@@ -6,16 +6,9 @@ import subprocess
 import sys
 import time
 
-INNER = [
-    sys.executable,
-    "-m",
-    "snakemake_executor_plugin_submitit.inner",
-    "-m",
-    "snakemake",
-    "--cores",
-    "1",
-    "--nolock",
-]
+SNAKEMAKE = ["-m", "snakemake", "--cores", "1", "--nolock", "out"]
+INSIDE = [sys.executable, "-m", "snakemake_executor_plugin_submitit.sigterm", *SNAKEMAKE]
+DRIVER = [sys.executable, *SNAKEMAKE, "--executor", "submitit", "--jobs", "1"]
 
 RULE = """
 rule wait:
@@ -24,12 +17,12 @@ rule wait:
 """
 
 
-def ended(tmp_path, exit_code: int) -> tuple[int, str]:
+def ended(tmp_path, command: list[str], exit_code: int) -> tuple[int, str]:
     """Exit code and output of a run whose rule ended with `exit_code` after 150 pairs of SIGTERM, up to 1 ms apart."""
     (tmp_path / "Snakefile").write_text(RULE)
     draw = random.Random(0)
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*INNER, "out"], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     end = time.time() + 60
     while not (tmp_path / "started").exists():
         assert process.poll() is None, (tmp_path / "log").read_text()
@@ -48,9 +41,8 @@ def ended(tmp_path, exit_code: int) -> tuple[int, str]:
     return code, (tmp_path / "log").read_text()
 
 
-def test_signals_close_together_do_not_hang_it(tmp_path):
-    """Snakemake's own handler waits for a lock that the interrupted thread may hold."""
-    code, log = ended(tmp_path, 85)
+def test_signals_close_together_do_not_hang_a_job(tmp_path):
+    code, log = ended(tmp_path, INSIDE, 85)
     assert code == 1
     assert "non-zero exit" in log
     assert not (tmp_path / "out").exists()
@@ -58,6 +50,14 @@ def test_signals_close_together_do_not_hang_it(tmp_path):
 
 def test_a_command_that_succeeds_in_the_grace_time_has_succeeded(tmp_path):
     """Snakemake's own handler would make it a failure, and the job would run again."""
-    code, log = ended(tmp_path, 0)
+    code, log = ended(tmp_path, INSIDE, 0)
     assert code == 0, log
+    assert (tmp_path / "out").exists()
+
+
+def test_signals_close_together_do_not_hang_the_driver(tmp_path):
+    """It waits for what runs, then ends."""
+    code, log = ended(tmp_path, DRIVER, 0)
+    assert code == 1, log
+    assert "Will exit after finishing currently running jobs" in log
     assert (tmp_path / "out").exists()
