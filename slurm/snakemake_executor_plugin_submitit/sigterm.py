@@ -5,7 +5,8 @@ a job, and the job's own), or of one at a bad moment, Snakemake can hang for goo
 
 In the driver the same handler runs in a thread of its own. Inside a job, where
 `python -m snakemake_executor_plugin_submitit.sigterm -m snakemake ...` runs one rule, nothing answers: the rule's command gets the
-signal too and decides, and Snakemake only waits for its end.
+signal too and decides, and Snakemake only waits for its end. A command that succeeds nevertheless has succeeded, where Snakemake
+would end with 1.
 """
 
 import functools

@@ -114,6 +114,22 @@ def test_finished_and_requeued_does_not_run_again(run, cluster):
     assert (driver.folder / "count").read_text().split() == ["ran"]
 
 
+def test_finished_in_the_grace_time_of_a_preemption_does_not_run_again(run, cluster):
+    """Snakemake itself ends with 1 after any SIGTERM, whatever its rule did: the job would fail and be queued again."""
+    driver = run(
+        'rule once:\n    output: "out/once"\n    log: "log/once.log"\n    resources: gpu=4\n'
+        "    shell: \"echo ran >> count; trap 'touch asked' TERM; touch started; "
+        'while ! [ -e asked ]; do sleep 0.2 || true; done; sleep 2 || true; date > {output}"\n',
+    )
+    wait_until(lambda: (driver.folder / "started").exists(), 60, "the rule")
+    cluster.take_nodes(2, seconds=2)
+    driver.succeeds(120)
+    assert (driver.folder / "asked").exists()
+    assert (driver.folder / "count").read_text().split() == ["ran"]
+    assert [record["exit_code"] for record in driver.attempts("once")] == [0]
+    assert_agrees_with_sacct(driver, cluster)
+
+
 def test_a_two_node_training_starts_all_ranks(run, cluster):
     pytest.importorskip("torch")
     driver = run(
