@@ -52,4 +52,4 @@ def test_weights_and_biases_keeps_one_run_over_all_attempts(tmp_path, monkeypatc
     identity = (tmp_path / "wandb/id").read_text()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
-    assert all(run.name.endswith(identity) for run in runs)
+    assert all(identity in run.name for run in runs)  # a number follows where two begin in the same second
