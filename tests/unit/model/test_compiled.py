@@ -7,6 +7,7 @@ nothing was learnt.
 import dataclasses
 import functools
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -133,9 +134,9 @@ def test_each_kind_of_block_is_compiled_once_a_shape(monkeypatch):
         compiled, "window_blocks", lambda length, window, _, device: window and kernels._blocks(length, window, device)
     )
     generator = torch.Generator().manual_seed(0)
-    model = random_model(WINDOWED, generator)
+    model = random_model(WINDOWED, generator).requires_grad_(False)  # on a CPU FlexAttention has no gradient
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=8):
         forward = CompiledLoss(model)
         for rows in (4, 3, 2):
             tokens = torch.randint(0, 512, (rows, WINDOWED.sequence_length), generator=generator)
@@ -144,13 +145,38 @@ def test_each_kind_of_block_is_compiled_once_a_shape(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3 * 6
 
 
+def test_a_validation_keeps_nothing_for_a_gradient(monkeypatch):
+    """It runs the graphs of training; they, and with them what they save, are gone when the loss is computed."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model = random_model(CONFIG, torch.Generator().manual_seed(0))
+    forward, tokens = CompiledLoss(model), torch.zeros(1, CONFIG.sequence_length, dtype=torch.long)
+    run_block, loss_of, graphs, at_the_loss = forward._next, model.loss, [], []
+
+    def block(*arguments):
+        results = run_block(*arguments)
+        graphs.append(weakref.ref(results[0].grad_fn))
+        return results
+
+    def loss(*arguments):
+        at_the_loss.append(sum(graph() is not None for graph in graphs))
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(forward, "_next", block)
+    monkeypatch.setattr(model, "loss", loss)
+    with torch.no_grad():
+        forward(tokens, tokens)
+    forward(tokens, tokens)
+    assert at_the_loss == [0, CONFIG.depth - 1]
+
+
 @pytest.mark.slow
 def test_one_compilation_serves_all_blocks():
     compiler_of(torch.device("cpu"))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     loss_and_gradients(torch.device("cpu"), CompiledLoss)
-    # The first block with the embedding, the others, the last norm: with and without gradients.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 6
+    # The first block with the embedding, the others, the last norm: a validation runs the graphs of training.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
 
 
 def test_kernels_are_switched_off_one_by_one():
