@@ -4,14 +4,15 @@ It is the trainer itself that runs here, on random tokens: compiled as it compil
 micro-steps of accumulation and a validation. A fresh process each time, since one that ran out of memory has fragments and leaks
 that change the next answer.
 
-The process imports what it needs, then waits for a line {rows, seconds, host_bytes} on its standard input: so it can be started
-while another one measures, and touches no GPU before. It prints one JSON line. Exit code 86: out of memory.
+The process imports what it needs, the compiler too, then waits for a line {rows, seconds, host_bytes} on its standard input: so it
+can be started while another one measures, and touches no GPU before. It prints one JSON line. Exit code 86: out of memory.
 
 Memory that counts is what the driver says is used on the GPU, at its peak: most that the caching allocator ever reserved (what it
 holds but does not use is not free for anyone else) and what is used beside it: the CUDA context, libraries, other processes.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -151,6 +152,8 @@ def _seconds_of_update(trainer: Trainer, device: torch.device) -> float:
 def main() -> int:
     settings = read_settings(sys.argv[1], command_settings.PlanSettings)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: who is killed leaves no probe on the GPU
+    if settings.gpus and settings.compile != "off":
+        importlib.import_module("torch._inductor.compile_fx")  # torch does at the first use: 2.6 s on an H100's host
     line = sys.stdin.readline()
     if not line:
         return 0  # not needed after all

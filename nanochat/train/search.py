@@ -14,7 +14,8 @@ SAME_SPEED = 0.01  # below this difference the smaller batch wins: it leaves mem
 PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
 TIMED = 2  # so many of the largest candidates are always timed
 STRAIGHT = 0.03  # a line that predicts the largest probe this well holds
-UNSURE = 0.10  # without that, what is predicted to be this little too large is tried all the same
+# What is predicted to be this little too large is tried all the same: by a line that holds, beyond what it was off; without one.
+NEARLY, UNSURE = 0.01, 0.10
 GROWTH = 4  # no probe is larger than so many times the largest that ran
 
 
@@ -183,7 +184,7 @@ def _next(tried: Tried, between: list[int]) -> int | None:
     if fitting:
         within_reach = [n for n in fitting if n <= GROWTH * max(peaks)]
         return within_reach[-1] if within_reach else fitting[0]
-    slack = STRAIGHT if tried.is_straight else UNSURE
+    slack = tried.off + NEARLY if tried.is_straight else UNSURE
     return between[0] if peak_at(between[0], peaks) <= tried.limit_bytes * (1 + slack) else None
 
 

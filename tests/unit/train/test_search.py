@@ -98,6 +98,19 @@ def test_three_probes_are_enough_on_a_line():
     assert found.off < 0.01
 
 
+def test_what_is_just_too_large_is_not_probed_by_a_line_that_holds():
+    """12 layers at T = 2,048 on an H100: 128 rows take 1.7% more than the limit. A line that was off by as much tries them."""
+    law = Law(capacity=2000, per_row=10, fixed=30)
+    found = search(law, divisors(64), int(law.peak(64) / 1.017), 512, guess=40)
+    assert law.tried == [16, 8, 32]
+    assert found.largest == 62
+    bent = Law(capacity=2000)
+    # 32 rows take 2% less than the line through 8 and 16 says.
+    bent.peak = {8: 110, 16: 190, 32: 343, 64: 649}.__getitem__
+    search(bent, divisors(64), int(649 / 1.017), 64, guess=40)
+    assert bent.tried == [16, 8, 32, 64]
+
+
 def test_known_probes_are_not_measured_again():
     first = Law(capacity=850, per_row=10, fixed=30)
     known = search(first, divisors(256), 720, 512, guess=74).probes
