@@ -3,7 +3,7 @@
 Reads  --config  results/config/batch_size_<stage>.json
 Writes --out     results/batch_size/<stage>.json: the plan that the stage trains with
 
-Every probe trains for real, in a fresh process. Two small ones predict how many rows fit in (1 - margin) of the memory; the largest
+Every probe trains for real, in a fresh process. Two predict how many rows fit in (1 - margin) of the memory; the largest
 divisor of a step's rows that fits is measured, since tokens per step must stay as configured. Of the largest that fit the
 fastest is taken, the smaller one where they are within 1%. On a CPU memory is no limit and large batches fall out of the
 cache: growth ends where it no longer pays.
@@ -141,7 +141,8 @@ def _guess(settings: command_settings.PlanSettings, limit: int) -> int:
     itemsize = 4 if settings.dtype == "float32" else 2
 
     def bytes_of(rows: int) -> float:
-        return hardware.training_bytes(parameters, model.depth, model.width, rows * settings.sequence_length, itemsize)
+        tokens, compiled = rows * settings.sequence_length, settings.compile != "off"
+        return hardware.training_bytes(parameters, model.depth, model.width, tokens, itemsize, compiled)
 
     return max(1, int((limit - bytes_of(0)) / (bytes_of(1) - bytes_of(0))))
 

@@ -1,6 +1,6 @@
 """How many rows fit, and with how many training is fastest, from as few probes as possible.
 
-Memory grows along a line in the rows. So two small probes predict which candidate is the largest that fits; that one is probed and
+Memory grows along a line in the rows. So two probes predict which candidate is the largest that fits; that one is probed and
 so verifies the line. Where the line does not hold (kinks, noise, a device that is shared) what is left is growth by
 factors and bisection, which need no law at all.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 SAME_SPEED = 0.01  # below this difference the smaller batch wins: it leaves memory free
 PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
+START = 0.75  # of the rows that might fit: the first probe should run, and be among the largest few that do
 TIMED = 2  # so many of the largest candidates are always timed
 STRAIGHT = 0.03  # a line that predicts the largest probe this well holds
 # What is predicted to be this little too large is tried all the same: by a line that holds, beyond what it was off; without one.
@@ -158,8 +159,7 @@ def search_while_it_pays(
 def _largest_candidate(tried: Tried, candidates: list[int], guess: int) -> int | None:
     """The largest candidate that fits, None when none does."""
     if len(tried.peaks) < 2:
-        # Half and a quarter of what might fit: small enough to run for sure, and among the largest few that do.
-        start = max((n for n in candidates if n <= guess // 2), default=candidates[0])
+        start = max((n for n in candidates if n <= START * guess), default=candidates[0])
         if tried.fits(start) and start > 1:
             tried.fits(max(n for n in candidates if n <= start // 2))
     while True:
