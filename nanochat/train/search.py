@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 SAME_SPEED = 0.01  # below this difference the smaller batch wins: it leaves memory free
 PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
-START = 0.75  # of the rows that might fit: the first probe should run, and be among the largest few that do
+START = 0.5  # of the rows that might fit: the first probe runs for sure, and is among the largest few that do
 TIMED = 2  # so many of the largest candidates are always timed
 STRAIGHT = 0.03  # a line that predicts the largest probe this well holds
 # What is predicted to be this little too large is tried all the same: by a line that holds, beyond what it was off; without one.
@@ -127,6 +127,7 @@ def search(
         return Found(None, None, False, tried.off, list(tried.probes.values()), "nothing fits")
     for size in [n for n in candidates if n <= low][-TIMED:]:
         tried.fits(size)
+    _until_larger_is_faster(tried, candidates)
     largest = _most_rows(tried, low, most)
     return _chosen(tried, candidates, largest)
 
@@ -159,7 +160,7 @@ def search_while_it_pays(
 def _largest_candidate(tried: Tried, candidates: list[int], guess: int) -> int | None:
     """The largest candidate that fits, None when none does."""
     if len(tried.peaks) < 2:
-        start = max((n for n in candidates if n <= START * guess), default=candidates[0])
+        start = max((n for n in candidates if n <= START * guess and n < tried.too_large), default=candidates[0])
         if tried.fits(start) and start > 1:
             tried.fits(max(n for n in candidates if n <= start // 2))
     while True:
@@ -186,6 +187,16 @@ def _next(tried: Tried, between: list[int]) -> int | None:
         return within_reach[-1] if within_reach else fitting[0]
     slack = tried.off + NEARLY if tried.is_straight else UNSURE
     return between[0] if peak_at(between[0], peaks) <= tried.limit_bytes * (1 + slack) else None
+
+
+def _until_larger_is_faster(tried: Tried, candidates: list[int]) -> None:
+    """While the smallest candidate tried is the fastest, half of it might be faster still: large ones can lose a few percent."""
+    while True:
+        usable = [n for n in candidates if tried.known_to_fit(n)]
+        fastest = max(usable, key=lambda n: tried.probes[n].tokens_per_second)
+        smaller = [n for n in candidates if n <= usable[0] // 2]
+        if fastest > usable[0] or not smaller or not tried.fits(smaller[-1]):
+            return
 
 
 def _most_rows(tried: Tried, low: int, most: int) -> int:

@@ -135,6 +135,22 @@ def test_the_fastest_is_chosen_not_the_largest():
     assert found.chosen.device_batch_size == 32
 
 
+def test_sizes_below_the_tried_ones_are_tried_while_they_are_faster():
+    speed = {1: 900.0, 2: 920.0, 4: 940.0, 8: 1000.0, 16: 985.0, 32: 970.0, 64: 955.0, 128: 940.0}
+    law = Law(1e9, speed=speed.get)
+    found = search(law, divisors(128), 10**9, 128, 200)
+    assert found.chosen.device_batch_size == 8
+    assert law.tried == [64, 32, 128, 16, 8, 4]
+
+
+def test_nothing_as_large_as_what_failed_before_is_tried():
+    failed = Probe(32, False, None, None, 1.0, "training ran out of memory with it")
+    law = Law(1e9)
+    found = search(law, divisors(128), 10**9, 128, 200, known=[failed])
+    assert found.chosen.device_batch_size == 16
+    assert max(law.tried) < 32
+
+
 def test_within_one_percent_the_smaller_is_chosen():
     found = search(Law(1e9, speed=lambda n: 100.0 + n / 100), divisors(64), 10**9, 64, 64)
     assert found.chosen.device_batch_size == min(p.device_batch_size for p in found.probes)
