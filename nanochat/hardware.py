@@ -245,9 +245,7 @@ def decode_rows(sizes: Sizes, vocab_size: int, length: int, itemsize: int, memor
     )
 
 
-def training_bytes(
-    parameters: int, layers: int, width: int, tokens: int, itemsize: int, compiled: bool = True
-) -> float:
+def training_bytes(parameters: int, layers: int, width: int, tokens: int, itemsize: int, compiled: bool) -> float:
     """Roughly what a micro-batch of `tokens` takes to train: where a search begins.
 
     Weights, gradients and optimizer state in float32, and 14 activations a width, layer and token (measured: 13.5 to 13.9, 12 to 20
