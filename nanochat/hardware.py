@@ -330,7 +330,7 @@ class GpuUtilization:
     utilization.clock_hz, power_watts  means, of the processors' clock and of the board; None likewise
     """
 
-    def __init__(self, device: "torch.device", every_seconds: float = 1.0):
+    def __init__(self, device: "torch.device", every_seconds: float = 0.5):
         self.device, self.every_seconds = device, every_seconds
         self.samples, self.total = 0, 0.0
         self.total_clock_hz, self.total_watts = 0.0, 0.0

@@ -2,13 +2,14 @@
 
 d12, d20                       one GPU, 524,288 tokens a step, the plain transformer; on a CPU, or with settings, the model that those name
 d12_additions, d20_additions   as they are trained, with model.additions
-<model>_wide, <model>_split    all GPUs of this machine: as many tokens a GPU as one has in the row above; as many in all
+<model>_wide, <model>_split    2, 4, 8, ... GPUs of this machine: as many tokens a GPU as one has in the row above; as many in all
 
 Each row comes from a process of its own, `python -m nanochat.benchmark.trainer TASK`, and where it compiles from a second one before
 it, of two steps, that finds the compilers' caches empty. Text is random tokens in token shards. Times are the wall clock
 between the log's lines; a checkpoint is saved in the middle, and its stall is by how much the step after it is longer.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -79,11 +80,16 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="nanochat-trainer-") as caches:
             alone = _compiled_before(task | {"gpus": min(gpus, 1)}, caches)
             yield _said(alone)
-            for name, factor in (("wide", gpus), ("split", 1)) if gpus > 1 else ():
-                more = {"gpus": gpus, "tokens_per_step": factor * task["tokens_per_step"]}
-                row = in_processes(task | more | {"case": f"{task['case']}_{name}"}, caches)
-                efficiency = row["tokens_per_second"] / (gpus * alone["tokens_per_second"])
-                yield _said(row | {"efficiency": efficiency})
+            for count, kind in itertools.product(_several(gpus), ("wide", "split")):
+                tokens = task["tokens_per_step"] * (count if kind == "wide" else 1)
+                more = {"case": f"{task['case']}_{kind}", "gpus": count, "tokens_per_step": tokens}
+                row = in_processes(task | more, caches)
+                yield _said(row | {"efficiency": row["tokens_per_second"] / (count * alone["tokens_per_second"])})
+
+
+def _several(gpus: int) -> list[int]:
+    """2, 4, 8, ... and all of them."""
+    return sorted({*itertools.takewhile(lambda n: n < gpus, (2**k for k in itertools.count(1))), gpus} - {0, 1})
 
 
 def _said(row: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def causal_attention(
 
     Position t sees t-window+1..t, without a window 0..t.
     blocks  `window_blocks` of it: those that no query sees are skipped. In compiled code only: eagerly all of the square is
-            computed, and kept. None: a window much shorter than T is computed in pieces
+            computed, and kept. None: a window goes through FlashAttention, or where that does not serve, if much shorter than
+            T, in pieces
     """
     grouped, tokens = queries.size(1) != keys.size(1), queries.size(2)
     if blocks is not None:
@@ -92,10 +93,30 @@ def causal_attention(
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
     if grouped:  # torch's attention would, given a mask, keep the whole square of scores for that
         keys, values = (side.repeat_interleave(queries.size(1) // side.size(1), dim=1) for side in (keys, values))
+    if window is not None and _flash_serves(queries):
+        return _in_flash(queries, keys, values, window)
     if window is not None and tokens > 2 * max(window, PIECE_TOKENS):
         return _in_pieces(queries, keys, values, window)
     positions = torch.arange(tokens, device=queries.device)
     return _masked(queries, keys, values, seen(positions[:, None], positions, window))
+
+
+def _flash_serves(queries: Tensor) -> bool:
+    """FlashAttention-2: halves on an Ampere GPU or newer, heads of 8, 16, ... 256. In compiled code FlexAttention is faster."""
+    if queries.device.type != "cuda" or queries.dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    return queries.size(-1) in range(8, 257, 8) and torch.cuda.get_device_capability(queries.device)[0] >= 8
+
+
+def _in_flash(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+    """`causal_attention` by torch's varlen_attn, of its kernels the one that knows windows. Sides that lie as (B, T, H, D) are not copied."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, _, length, _ = queries.shape
+    starts = torch.arange(0, (rows + 1) * length, length, device=queries.device, dtype=torch.int32)
+    packed = [side.transpose(1, 2).flatten(0, 1) for side in (queries, keys, values)]  # (B T, H, D)
+    attended = varlen_attn(*packed, starts, starts, length, length, window_size=(window - 1, 0))
+    return attended.unflatten(0, (rows, length)).transpose(1, 2)
 
 
 def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:

@@ -133,14 +133,15 @@ def test_blocks_of_a_window_are_the_window(tokens, window):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 @pytest.mark.parametrize(("tokens", "window"), [(2048, 512), (300, 75)])
-def test_blocks_are_skipped_by_compiled_code_and_change_nothing(heads, kv_heads, tokens, window):
-    """As the model calls it: views of (B, T, H, D), bfloat16."""
+def test_windows_on_a_gpu_are_those_of_the_masked_square(heads, kv_heads, tokens, window):
+    """Compiled code, which skips blocks, and eager code, as the model calls both: views of (B, T, H, D), bfloat16."""
     device = torch.device("cuda")
     blocks = kernels.window_blocks(tokens, window, 128, device)
     grad = drawn((2, tokens, heads, 128), 9).detach().bfloat16().to(device).transpose(1, 2)
     results = []
     for function, dtype, some in (
         (torch.compile(causal_attention, dynamic=False), torch.bfloat16, blocks),
+        (causal_attention, torch.bfloat16, None),
         (causal_attention, torch.float32, None),
     ):
         shapes = [(2, tokens, n, 128) for n in (heads, kv_heads, kv_heads)]
@@ -149,8 +150,9 @@ def test_blocks_are_skipped_by_compiled_code_and_change_nothing(heads, kv_heads,
         attended = function(*(side.transpose(1, 2) for side in sides), window, some)
         attended.backward(grad.to(dtype))
         results.append([attended.detach(), *(side.grad for side in sides)])
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() < 0.01 * expected.norm()
+    for compiled, eager, expected in zip(*results, strict=True):
+        assert (compiled - expected).norm() < 0.01 * expected.norm()
+        assert (eager - expected).norm() < 0.01 * expected.norm()
 
 
 def test_blocks_are_skipped_where_that_serves():
