@@ -9,6 +9,7 @@ from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
 from nanochat.infer.capacity import rows_that_fit
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
+from nanochat.infer.sampling import Kind, RowSampling, sample
 from nanochat.model.gpt import GPT, GPTConfig
 
 pytestmark = [
@@ -75,6 +76,18 @@ def test_noise_is_the_same_on_both_devices():
     seeds, draws = torch.arange(64), torch.arange(64) * 7
     there = gumbel(seeds.cuda(), draws.cuda(), 5000).cpu()
     assert torch.allclose(there, gumbel(seeds, draws, 5000), atol=1e-5, rtol=1e-5)
+
+
+def test_first_tokens_of_many_samples_are_what_a_cpu_draws_from_the_logits(tiny_model):
+    """All 4,096, in rounds of 256 rows: none is another's, none is lost. Near ties may fall either way."""
+    engine = Engine(on_gpu(tiny_model(), torch.bfloat16), rows=256, length=64)
+    for seed in (0, 1337):
+        request = Request([3, 14, 15, 92], 1, temperature=1.0, seed=seed, samples=4096)
+        drawn = torch.tensor([completion.ids[0] for completion in engine.generate([request])])
+        logits = engine.prefill([request.prompt], [[0]]).cpu().expand(request.samples, -1)
+        rows = RowSampling.of([request.sampling(n) for n in range(request.samples)], "cpu")
+        position = torch.full((request.samples,), len(request.prompt))
+        assert (drawn == sample(logits, rows, position, Kind(False, False, False))).float().mean() > 0.998
 
 
 def test_memory_stays_flat_over_many_requests(tiny_model):
