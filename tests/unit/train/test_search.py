@@ -101,13 +101,13 @@ def test_three_probes_are_enough_on_a_line():
 def test_what_is_just_too_large_is_not_probed_by_a_line_that_holds():
     """12 layers at T = 2,048 on an H100: 128 rows take 1.7% more than the limit. A line that was off by as much tries them."""
     law = Law(capacity=2000, per_row=10, fixed=30)
-    found = search(law, divisors(64), int(law.peak(64) / 1.017), 512, guess=40)
+    found = search(law, divisors(64), int(law.peak(64) / 1.017), 512, guess=38)
     assert law.tried == [16, 8, 32]
     assert found.largest == 62
     bent = Law(capacity=2000)
     # 32 rows take 2% less than the line through 8 and 16 says.
     bent.peak = {8: 110, 16: 190, 32: 343, 64: 649}.__getitem__
-    search(bent, divisors(64), int(649 / 1.017), 64, guess=40)
+    search(bent, divisors(64), int(649 / 1.017), 64, guess=38)
     assert bent.tried == [16, 8, 32, 64]
 
 
@@ -140,7 +140,7 @@ def test_sizes_below_the_tried_ones_are_tried_while_they_are_faster():
     law = Law(1e9, speed=speed.get)
     found = search(law, divisors(128), 10**9, 128, 200)
     assert found.chosen.device_batch_size == 8
-    assert law.tried == [64, 32, 128, 16, 8, 4]
+    assert law.tried == [128, 64, 32, 16, 8, 4]
 
 
 def test_nothing_as_large_as_what_failed_before_is_tried():
@@ -155,6 +155,13 @@ def test_within_one_percent_the_smaller_is_chosen():
     found = search(Law(1e9, speed=lambda n: 100.0 + n / 100), divisors(64), 10**9, 64, 64)
     assert found.chosen.device_batch_size == min(p.device_batch_size for p in found.probes)
     assert "for less than 1%" in found.reason
+
+
+def test_a_difference_near_one_percent_is_left_to_the_larger():
+    """Timed again it might be more, and the choice 1% slower than the fastest."""
+    speed = {16: 900.0, 32: 993.0, 64: 1000.0}
+    found = search(Law(1e9, speed=lambda n: speed.get(n, 10.0)), divisors(64), 10**9, 64, 64)
+    assert found.chosen.device_batch_size == 64
 
 
 def test_a_step_too_small_for_the_device_is_named():
