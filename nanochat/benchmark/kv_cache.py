@@ -108,7 +108,8 @@ def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int
             # is no such thing.
             if case in OWN_CASES and not isinstance(error, UserError | torch.OutOfMemoryError):
                 raise
-            row = head | dict.fromkeys(MEASURED) | {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            row = head | dict.fromkeys(MEASURED) | {"skipped": why.splitlines()[0][:300]}
         rate = row["tokens_per_second"]
         say(
             "benchmark kv_cache", f"{case}, {batch_size} rows: " + (f"{rate:,.0f} tokens/s" if rate else row["skipped"])

@@ -195,6 +195,7 @@ BENCHMARK_UNITS = {
     "distinct": "count",
     "chi2": "number",
     "p_value": "number",
+    "total_variation": "fraction",
     "compile_seconds": "seconds",
     "compile_warm_seconds": "seconds",
     "first_step_seconds": "seconds",
@@ -227,7 +228,11 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
         for key, unit in (("choice", "count"), ("fastest", "count"), ("choice_over_fastest", "fraction")):
             if key in content:
                 numbers.add(section, "about", key, number(content[key]), unit, method=f"benchmark/{name}.json")
+        if name == "kv_cache":
+            _beside_the_rows(numbers, content, device)
         for index, row in enumerate(content["rows"]):
+            if name == "kv_cache" and row.get("batch_size") is None:
+                continue  # a peer that is not installed: in `about`
             label = f"{index + 1}"
             # A curve is drawn; a table of it would bury the other rows.
             section = f"benchmark_{name}_curve" if row.get("case") == "curve" else f"benchmark_{name}"
@@ -242,7 +247,8 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
                 if isinstance(value, str | bool):
                     unit, value, missing = "text", value, None
                 else:
-                    unit, value, missing = BENCHMARK_UNITS.get(key, "number"), number(value), _why(key, device)
+                    unit, value = BENCHMARK_UNITS.get(key, "number"), number(value)
+                    missing = _why(key, row, device)
                 numbers.add(section, label, key, value, unit, device=device, method=method, missing=missing)
             against = _before(name, content["rows"], row)
             if against is not None:
@@ -250,7 +256,35 @@ def benchmarks(numbers: Numbers, found: Mapping[str, dict]) -> None:
                 numbers.add(section, label, "speedup", against[0], "times", device=device, method=method)
 
 
-def _why(key: str, device: str | None) -> str:
+def _beside_the_rows(numbers: Numbers, content: Mapping[str, Any], device: str | None) -> None:
+    """What kv_cache.json holds of serving, and why peers were not measured."""
+    section, source = "benchmark_kv_cache", "benchmark/kv_cache.json"
+    facts = {
+        "mixed_fraction": ("mixed", "fraction", "fraction", 1),
+        "capture_seconds": ("capture", "seconds", "seconds", 1),
+        "capture_graphs": ("capture", "graphs", "count", 1),
+        "long_prompt_tokens": ("long_prompt", "prompt_tokens", "count", 1),
+        "long_prompt_ms": ("long_prompt", "seconds", "milliseconds", 1000),
+        "long_prompt_over_floor": ("long_prompt", "over_floor", "times", 1),
+        "deep_depth": ("deep", "depth", "count", 1),
+        "deep_width": ("deep", "width", "count", 1),
+        "deep_tokens_per_second": ("deep", "tokens_per_second", "tokens/s", 1),
+        "deep_floor_fraction": ("deep", "floor_fraction", "fraction", 1),
+    }
+    for key, (fact, part, unit, scale) in facts.items():
+        found = content.get(fact)
+        value = number(found.get(part)) if isinstance(found, dict) else None
+        if value is not None:
+            numbers.add(section, "about", key, scale * value, unit, device=device, method=source)
+    skipped = [text(row.get("skipped")) for row in content["rows"] if row.get("batch_size") is None]
+    reasons = [why.removeprefix("skipped: ") for why in skipped if why]
+    numbers.add(section, "about", "skipped", "; ".join(reasons) or None, method=source, missing="nothing to say")
+
+
+def _why(key: str, row: Mapping[str, Any], device: str | None) -> str:
+    if skipped := text(row.get("skipped")):
+        rows = number(row.get("batch_size"))
+        return f"{row.get('case')}{f' with {rows:,} rows' if rows else ''}: {skipped}"
     if key in ("mfu", "floor_fraction"):
         return f"no peak is known for {device or 'this device'}"
     return "not measured"

@@ -5,6 +5,7 @@ outputs exist whatever was run.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,33 +243,26 @@ def kv_cache(found: Collected) -> Figure:
         "cache_eager": ("KV cache, eager", SKY),
         "cache_graph": ("KV cache, captured graph", BLUE),
         "transformers_static": ("transformers, static cache", GREY),
+        "transformers_dynamic": ("transformers, growing cache", GREEN),
+        "vllm": ("vLLM", PURPLE),
+        "llama_cpp": ("llama.cpp", YELLOW),
     }
-    spare = iter([GREEN, PURPLE, INK, YELLOW] * 8)
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axis = figure.subplots()
     fastest_first = sorted(cases.items(), key=lambda case: -max(case[1])[1])
     for index, (case, points) in enumerate(fastest_first):
-        label, colour = names.get(case, (case.replace("_", " "), None))
-        colour = colour or next(spare)
-        points = sorted(points)
-        axis.plot(
-            *zip(*points, strict=True), color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5.5, label=label
-        )
-        axis.annotate(
-            amount(float(f"{points[-1][1]:.3g}")),
-            points[-1],
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-        )
+        label, colour = names.get(case, (case.replace("_", " "), INK))
+        marker = MARKERS[index % len(MARKERS)]
+        axis.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, markersize=5.5, label=label)
     sizes = sorted({point[0] for points in cases.values() for point in points})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [amount(size) for size in sizes])
     axis.margins(x=0.09, y=0.12)
     low, high = axis.get_ylim()
+    _label_ends(
+        axis, [max(points) for points in cases.values()], 0.8 * 72 * figure.get_figheight() / math.log(high / low)
+    )
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(THOUSANDS)
@@ -279,6 +273,27 @@ def kv_cache(found: Collected) -> Figure:
     axis.set_title("Decoding speed" + (f", {device}" if device else ""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def _label_ends(axis: Axes, ends: list[tuple[float, float]], points_per_unit: float) -> None:
+    """The value at the end of each curve, beside it; where curves end together the upper labels make room.
+
+    points_per_unit  typographic points of one unit of log(y), about
+    """
+    lowest: dict[float, float] = {}  # of the next label there, in points
+    for x, y in sorted(ends, key=lambda end: end[1]):
+        height = math.log(y) * points_per_unit
+        raised = max(height, lowest.get(x, height))
+        lowest[x] = raised + 9
+        axis.annotate(
+            amount(float(f"{y:.3g}")),
+            (x, y),
+            (7, raised - height),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=INK,
+        )
 
 
 def batch_size(found: Collected) -> Figure:

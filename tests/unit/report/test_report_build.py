@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from report_run import write_run
 
@@ -107,6 +109,28 @@ def test_what_a_supervisor_asks_for_is_there(run):
         assert words in text
     for figure in FIGURES:
         assert f"](figures/{figure}.png)" in text
+
+
+def test_decoding_says_what_was_not_measured_and_what_no_row_holds(run):
+    text = page(run[0])
+    assert "Not measured: vllm is not installed." in text
+    assert not [row for row in cells(text) if row[0] == "vLLM"]
+    assert "transformers_dynamic with 93 rows: not run: no time left" in text
+    assert ["transformers, growing cache", "93", DASH, DASH] in [row[:4] for row in cells(text)]
+    assert "at 91.2% of the speed of equal ones" in text
+    assert "prompt of 2,048 tokens takes 1.83 ms: 3.51x" in text
+    assert "20 layers x 1,280 decodes one row at 2,534 tokens/s, 72.7% of the bandwidth floor" in text
+    assert "all numbers of rows (32) takes 4.9 s" in text
+
+
+def test_labels_of_curves_that_end_together_make_room():
+    axis = Figure().subplots()
+    figures._label_ends(axis, [(93, 6190.0), (93, 5570.0), (32, 3340.0), (93, 8240.0), (93, 2e5)], points_per_unit=33)
+    heights = {note.get_text(): math.log(note.xy[1]) * 33 + note.xyann[1] for note in axis.texts}
+    together = sorted(heights[text] for text in ("5,570", "6,190", "8,240", "200,000"))
+    assert all(above - below > 8.5 for below, above in itertools.pairwise(together))
+    moved = {note.get_text() for note in axis.texts if note.xyann[1] > 0}
+    assert {"5,570", "3,340", "200,000"}.isdisjoint(moved)
 
 
 def test_a_curve_is_drawn_and_not_listed(run):
