@@ -130,7 +130,7 @@ def search(
     for size in [n for n in candidates if n <= low][-TIMED:]:
         tried.fits(size)
     _until_larger_is_faster(tried, candidates)
-    largest = _most_rows(tried, low, most)
+    largest = _most_rows(tried, low, most, candidates[-1])
     return _chosen(tried, candidates, largest)
 
 
@@ -201,8 +201,8 @@ def _until_larger_is_faster(tried: Tried, candidates: list[int]) -> None:
             return
 
 
-def _most_rows(tried: Tried, low: int, most: int) -> int:
-    """The most rows that fit: by a line that holds, otherwise tried."""
+def _most_rows(tried: Tried, low: int, most: int, of_use: int) -> int:
+    """The most rows that fit: by a line that holds, otherwise tried, until what fits is more than a step can use."""
     low = max([low, *(n for n in tried.probes if n <= most and tried.known_to_fit(n))])
     while True:
         end = min(most + 1, tried.too_large)
@@ -213,7 +213,7 @@ def _most_rows(tried: Tried, low: int, most: int) -> int:
             size = min(size, GROWTH * max(tried.peaks))
             if tried.is_straight and size <= 3 * max(tried.peaks):
                 return size
-        if size == low or end - low <= max(1, low // 16):
+        if size == low or end - low <= max(1, low // 16) or low > of_use:
             return low
         if tried.fits(size):
             low = size

@@ -176,6 +176,15 @@ def test_a_step_too_small_for_the_device_is_named():
     assert "tokens_per_step" not in found.reason
 
 
+def test_the_maximum_is_not_refined_beyond_what_a_step_can_use():
+    """12 layers at T = 512 on an H100, 128 rows a step: the line through 64 and 128 says 479, where 62.2 GiB are used of 67.3."""
+    law = Law(79.2)
+    law.peak = {64: 11.5, 128: 20.1, 479: 62.2, 512: 66.5}.__getitem__
+    found = search(law, divisors(128), 0.85 * 79.2, 512, guess=500)
+    assert law.tried == [128, 64, 479]
+    assert (found.chosen.device_batch_size, found.largest, found.largest_was_probed) == (128, 479, True)
+
+
 def test_growth_on_a_cpu_ends_where_it_no_longer_pays():
     law = Law(1e9, speed=lambda n: float(min(n, 8)))
     found = search_while_it_pays(law, divisors(512), 10**9, first=4)
