@@ -92,7 +92,7 @@ class Plan:
 
 
 def plan_for(rows: int) -> Plan:
-    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64 and 93 rows.
+    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64, 93 and 128 rows.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
@@ -114,7 +114,8 @@ def plan_for(rows: int) -> Plan:
         down = Tile(64, 32, 128, splits=3, stages=6)
         return Plan(tile, tile, tile, down, replace(head, m=64), 64, 4, 1, ahead_megabytes=8)
     out, down = Tile(16, 64, 256), Tile(64, 64, 128, splits=4, stages=6)
-    return Plan(tile, out, tile, down, head, 64, 2, 1, attention_registers=128, ahead_megabytes=16)
+    held, registers = (1, 128) if rows <= 96 else (0, 96)
+    return Plan(tile, out, tile, down, head, 64, 2, held, attention_registers=registers, ahead_megabytes=16)
 
 
 class FusedStep:

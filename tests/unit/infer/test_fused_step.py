@@ -33,7 +33,9 @@ SPLIT_PLAN = Plan(
 
 
 @pytest.mark.parametrize("kind", [Kind(True, False, False), Kind(False, False, False), Kind()])
-@pytest.mark.parametrize("plan", [None, SPLIT_PLAN], ids=["few rows", "parts"])
+@pytest.mark.parametrize(
+    "plan", [None, SPLIT_PLAN, replace(SPLIT_PLAN, attention_held=0)], ids=["few rows", "parts", "nothing held"]
+)
 @pytest.mark.parametrize(("splits", "additions"), [(1, ADDITIONS), (2, ADDITIONS), (2, ())])
 def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
     """Same draws, same state, the same keys in the cache, greedy, drawn and filtered; several steps at once and one."""
