@@ -66,12 +66,14 @@ def measure(
     share = None
     if choice in speeds:
         with _prober(own, gpu) as probe:
-            share = _against_the_fastest(
-                lambda size: _row(settings, own, gpu, size, step_rows, probe(size))["tokens_per_second"],
-                speeds,
-                choice,
-                fastest,
-            )
+
+            def rate(size: int) -> float:
+                return _row(settings, own, gpu, size, step_rows, probe(size))["tokens_per_second"]
+
+            try:
+                share = _against_the_fastest(rate, speeds, choice, fastest)
+            except DidNotRun as error:  # which it did before: the rows stay
+                say("benchmark batch_size", f"{choice} and {fastest} rows were not timed again: {error}")
     return rows, {
         "tokens_per_step": tokens_per_step,
         "choice": choice,

@@ -6,6 +6,7 @@ from typing import Any
 from nanochat.report.numbers import Numbers
 from nanochat.report.read import Run, number, text
 from nanochat.report.steps import TRAINED, Step, surviving
+from nanochat.report.words import WORDS
 
 BENCHMARKS = {
     "training": "training before/after was not measured",
@@ -284,7 +285,8 @@ def _beside_the_rows(numbers: Numbers, content: Mapping[str, Any], device: str |
 def _why(key: str, row: Mapping[str, Any], device: str | None) -> str:
     if skipped := text(row.get("skipped")):
         rows = number(row.get("batch_size"))
-        return f"{row.get('case')}{f' with {rows:,} rows' if rows else ''}: {skipped}"
+        case = WORDS.get(str(row.get("case")), str(row.get("case")))
+        return f"{case}{f' with {rows:,} rows' if rows else ''}: {skipped}"
     if key in ("mfu", "floor_fraction"):
         return f"no peak is known for {device or 'this device'}"
     return "not measured"

@@ -25,6 +25,7 @@ from nanochat.report.cost import LOST, USEFUL
 from nanochat.report.numbers import amount, duration, hours
 from nanochat.report.read import number
 from nanochat.report.steps import TRAINED, surviving
+from nanochat.report.words import WORDS
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY, LIGHT, INK = "#CC79A7", "#56B4E9", "#F0E442", "#8A8A8A", "#D9D9D9", "#222222"
@@ -237,32 +238,30 @@ def kv_cache(found: Collected) -> Figure:
             cases.setdefault(str(row.get("case")), []).append((x, y))
     if not cases:
         return _empty("Decoding with and without a KV cache was not measured.", "benchmark/kv_cache.json")
-    names = {
-        "recompute_eager": ("no cache, eager", RED),
-        "recompute_compiled": ("no cache, compiled", ORANGE),
-        "cache_eager": ("KV cache, eager", SKY),
-        "cache_graph": ("KV cache, captured graph", BLUE),
-        "transformers_static": ("transformers, static cache", GREY),
-        "transformers_dynamic": ("transformers, growing cache", GREEN),
-        "vllm": ("vLLM", PURPLE),
-        "llama_cpp": ("llama.cpp", YELLOW),
+    colours = {
+        "recompute_eager": RED,
+        "recompute_compiled": ORANGE,
+        "cache_eager": SKY,
+        "cache_graph": BLUE,
+        "transformers_static": GREY,
+        "transformers_dynamic": GREEN,
+        "vllm": PURPLE,
+        "llama_cpp": YELLOW,
     }
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axis = figure.subplots()
     fastest_first = sorted(cases.items(), key=lambda case: -max(case[1])[1])
     for index, (case, points) in enumerate(fastest_first):
-        label, colour = names.get(case, (case.replace("_", " "), INK))
-        marker = MARKERS[index % len(MARKERS)]
-        axis.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, markersize=5.5, label=label)
+        style = {"color": colours.get(case, INK), "marker": MARKERS[index % len(MARKERS)], "markersize": 5.5}
+        axis.plot(*zip(*sorted(points), strict=True), **style, label=WORDS.get(case, case))
     sizes = sorted({point[0] for points in cases.values() for point in points})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [amount(size) for size in sizes])
     axis.margins(x=0.09, y=0.12)
     low, high = axis.get_ylim()
-    _label_ends(
-        axis, [max(points) for points in cases.values()], 0.8 * 72 * figure.get_figheight() / math.log(high / low)
-    )
+    height = 0.8 * 72 * figure.get_figheight()  # of the axis, about
+    _label_ends(axis, [max(points) for points in cases.values()], height / math.log(high / low))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(THOUSANDS)
@@ -285,15 +284,9 @@ def _label_ends(axis: Axes, ends: list[tuple[float, float]], points_per_unit: fl
         height = math.log(y) * points_per_unit
         raised = max(height, lowest.get(x, height))
         lowest[x] = raised + 9
-        axis.annotate(
-            amount(float(f"{y:.3g}")),
-            (x, y),
-            (7, raised - height),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-        )
+        shown = amount(float(f"{y:.3g}"))
+        beside = {"xytext": (7, raised - height), "textcoords": "offset points", "va": "center"}
+        axis.annotate(shown, (x, y), **beside, fontsize=8.5, color=INK)
 
 
 def batch_size(found: Collected) -> Figure:

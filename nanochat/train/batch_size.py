@@ -5,8 +5,8 @@ Writes --out     results/batch_size/<stage>.json: the plan that the stage trains
 
 Every probe trains for real, in a fresh process. Two predict how many rows fit in (1 - margin) of the memory; the largest
 divisor of a step's rows that fits is measured, since tokens per step must stay as configured. Of the largest that fit the
-fastest is taken, the smaller one where they are within 1%; where the smallest of them is the fastest, smaller ones are tried
-too. On a CPU memory is no limit and large batches fall out of the cache: growth ends where it no longer pays.
+fastest is taken, the smaller one where they are surely within 1%; where the smallest of them is the fastest, smaller ones are
+tried too. On a CPU memory is no limit and large batches fall out of the cache: growth ends where it no longer pays.
 
 With several GPUs one of them is measured, the one with the least memory among those that are visible, with room left for what
 communication takes; should the training get a smaller GPU after all, its ranks agree on fewer rows before they begin.

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# Below this difference the smaller batch wins: it leaves memory free. Two timings of one size lie as much as 1% apart on an H100:
-# half of the difference is left to that.
+# Below this difference the smaller batch wins: it leaves memory free. Two timings of one size lie up to 1.3% apart on an H100, most
+# of them less: half of the difference is left to that.
 SAME_SPEED, NOISE = 0.01, 0.005
 PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
 START = 0.8  # of the rows that might fit: the first probe runs, and is one of the two largest candidates that do

@@ -94,6 +94,11 @@ def test_the_sweep_says_how_good_the_plan_is(tmp_path, capfd):
     assert found == {"base_default": 6, "sft_default": 4, "base_found": 2}
 
 
+@pytest.mark.parametrize(("gpus", "counts"), [(0, []), (1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (8, [2, 4, 8])])
+def test_the_trainer_is_measured_on_doubling_numbers_of_gpus(gpus, counts):
+    assert trainer._several(gpus) == counts
+
+
 def test_the_choice_and_the_fastest_are_timed_again_in_turns():
     """Three of each, and the medians count: noise that made a size the fastest of the sweep is not held against the choice."""
     asked, again = [], {8: [990.0, 1000.0], 4: [1000.0, 970.0]}

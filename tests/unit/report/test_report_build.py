@@ -115,7 +115,7 @@ def test_decoding_says_what_was_not_measured_and_what_no_row_holds(run):
     text = page(run[0])
     assert "Not measured: vllm is not installed." in text
     assert not [row for row in cells(text) if row[0] == "vLLM"]
-    assert "transformers_dynamic with 93 rows: not run: no time left" in text
+    assert "transformers, growing cache with 93 rows: not run: no time left" in text
     assert ["transformers, growing cache", "93", DASH, DASH] in [row[:4] for row in cells(text)]
     assert "at 91.2% of the speed of equal ones" in text
     assert "prompt of 2,048 tokens takes 1.83 ms: 3.51x" in text
