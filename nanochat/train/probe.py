@@ -38,6 +38,8 @@ MICRO_STEPS = 2
 WARM_STEPS = 2  # the second still allocates what the first did not reach, and is followed by the validation
 AHEAD_STEPS = 3  # a loader's thread may be asked so many steps before the one that is computed
 TIMED_STEPS = {"cuda": 4, "cpu": 1}  # at least
+# A GPU that rested runs above the clock that its power limit allows for long: an H100's first second of steps is 2 to 6% faster.
+SETTLING_SECONDS = 2.0
 COMMUNICATION_BYTES = 2**30  # what NCCL takes for its channels and contexts, where there are several GPUs
 
 
@@ -61,15 +63,15 @@ class Rows:
                 self.started = time.monotonic()
             lasted = time.monotonic() - self.started if step > WARM_STEPS + AHEAD_STEPS else 0.0
             # One step more than is timed: the log may be one behind.
-            if step > WARM_STEPS + self.timed_steps and lasted >= self.seconds:
+            if step > WARM_STEPS + self.timed_steps and lasted >= self.seconds + SETTLING_SECONDS * (self.seconds > 0):
                 raise Enough
         return self.inputs[:rows], self.targets[:rows]
 
 
 def measure(settings: command_settings.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
-    """Train some steps of `rows` rows a micro-batch; times are medians of the steps after the first ones.
+    """Train some steps of `rows` rows a micro-batch and say what they took.
 
-    seconds  to measure for, at least
+    seconds  to time steps for, at least, once the GPU's clock has settled; 0: some steps, for their memory
     """
     device = hardware.pick_device(settings.gpus)
     hardware.reset_peak_memory(device)
@@ -104,9 +106,9 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
                 trainer.run()
         except Enough:
             hardware.synchronize(device)
-        steps = [line["seconds"] for line in read_json_lines(log)[WARM_STEPS:]]
+        steps = settled(read_json_lines(log)[WARM_STEPS:], SETTLING_SECONDS if seconds else 0.0)
     update_seconds = statistics.median(_seconds_of_update(trainer, device) for _ in range(3))
-    step_seconds = statistics.median(steps)
+    step_seconds = midmean(steps)
     beside_bytes = hardware.used_beside_bytes(device)
     del held
     return {
@@ -121,6 +123,20 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
         "dtype": str(model.compute_dtype).removeprefix("torch."),
         "compiled": trainer.compiled,
     }
+
+
+def settled(lines: list[dict[str, Any]], after: float) -> list[float]:
+    """Seconds of the steps that began `after` seconds and more into these lines of a log; of all, where fewer than two did."""
+    began = [line["time"] - line["seconds"] for line in lines]
+    late = [line["seconds"] for line, start in zip(lines, began, strict=True) if start - began[0] >= after]
+    return late if len(late) > 1 else [line["seconds"] for line in lines]
+
+
+def midmean(values: list[float]) -> float:
+    """Mean of the middle half. A clock that sways about its limit moves a median, one slow step a mean."""
+    ordered = sorted(values)
+    cut = len(ordered) // 4
+    return statistics.fmean(ordered[cut : len(ordered) - cut])
 
 
 def training_settings(settings: command_settings.PlanSettings, rows: int) -> command_settings.TrainingSettings:

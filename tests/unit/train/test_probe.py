@@ -1,0 +1,36 @@
+"""What a probe makes of the steps that it trained."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.train.probe import midmean, settled
+
+
+def lines(seconds: list[float], start: float = 1000.0) -> list[dict]:
+    """A trainer's log of steps that follow each other."""
+    ends = [start + sum(seconds[: n + 1]) for n in range(len(seconds))]
+    return [{"seconds": one, "time": end} for one, end in zip(seconds, ends, strict=True)]
+
+
+def test_steps_of_a_rested_gpu_are_not_timed():
+    """The first second at 5% above the sustained speed: a median over all would be off by it."""
+    fast, sustained = [0.19] * 6, [0.2] * 8
+    assert midmean(settled(lines(fast + sustained), 1.1)) == pytest.approx(0.2)
+    assert len(settled(lines(fast + sustained), 1.1)) == 8
+
+
+def test_steps_longer_than_the_settling_are_all_timed():
+    assert settled(lines([3.0, 3.1]), 2.0) == [3.0, 3.1]
+    assert settled(lines([3.0, 3.1, 3.2]), 2.0) == [3.1, 3.2]
+
+
+def test_without_settling_all_steps_are_timed():
+    assert settled(lines([0.1, 0.2, 0.3]), 0.0) == [0.1, 0.2, 0.3]
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=4, max_size=20), st.floats(10.0, 1e6))
+def test_midmean_lies_inside_and_one_slow_step_does_not_move_it_out(values, slow):
+    assert min(values) <= midmean(values) * (1 + 1e-9)
+    assert midmean(values) <= max(values) * (1 + 1e-9)
+    assert midmean([*values, slow]) <= max(values) * (1 + 1e-9)
