@@ -18,7 +18,7 @@ from nanochat.files import read_json, write_json
 from nanochat.progress import say
 from nanochat.train.search import Probe
 
-FORMAT = 2
+FORMAT = 3
 OUT_OF_MEMORY = "out of memory"  # the one failure that is kept: a late probe may be in time elsewhere
 FAILED_LATER = "training ran out of memory with it"
 # Of the settings these decide what is made of the probes, not what they measure.
@@ -58,7 +58,16 @@ class Measured:
         return max(one["beside_bytes"] for one in self.probes.values() if one["ok"])
 
     def ran(self, size: int, result: dict[str, Any], seconds: float) -> None:
-        self._add(size, {"device_batch_size": size, "ok": True, "seconds": seconds, "note": None, **result})
+        """A size that was measured before has the mean of its times and the larger of its peaks."""
+        line = {"device_batch_size": size, "ok": True, "seconds": seconds, "note": None, "timings": 1, **result}
+        before = self.probes.get(size, {})
+        if before.get("ok"):
+            n = line["timings"] = before["timings"] + 1
+            for name in ("micro_step_seconds", "optimizer_seconds"):
+                line[name] = before[name] + (line[name] - before[name]) / n
+            line["seconds"] += before["seconds"]
+            line["peak_bytes"] = max(line["peak_bytes"], before["peak_bytes"])
+        self._add(size, line)
 
     def did_not_run(self, size: int, note: str, seconds: float) -> None:
         self._add(size, {"device_batch_size": size, "ok": False, "seconds": seconds, "note": note})
@@ -70,7 +79,8 @@ class Measured:
             return Probe(size, False, None, None, one["seconds"], one["note"])
         micro_steps = max(1, rows // size)
         seconds = micro_steps * one["micro_step_seconds"] + one["optimizer_seconds"]
-        return Probe(size, True, one["peak_bytes"], micro_steps * size * sequence_length / seconds, one["seconds"])
+        speed = micro_steps * size * sequence_length / seconds
+        return Probe(size, True, one["peak_bytes"], speed, one["seconds"], timings=one["timings"])
 
     def _add(self, size: int, line: dict[str, Any]) -> None:
         self.probes[size], self.is_new = line, True
@@ -131,8 +141,10 @@ def _read(path: Path, key: str) -> dict[int, dict[str, Any]]:
         raise ValueError(key)
     probes = {}
     for one in content["probes"]:
-        numbers = ["peak_bytes", "micro_step_seconds", "optimizer_seconds", "beside_bytes"] if one["ok"] else []
-        if one["device_batch_size"] < 1 or one["seconds"] < 0 or not all(one[name] >= 0 for name in numbers):
+        numbers = ["seconds"]
+        if one["ok"]:
+            numbers += ["peak_bytes", "micro_step_seconds", "optimizer_seconds", "beside_bytes", "timings"]
+        if one["device_batch_size"] < 1 or not all(one[name] >= 0 for name in numbers):
             raise ValueError(key)
         if one["ok"] and (not one["micro_step_seconds"] > 0 or one["dtype"] not in ("float32", "bfloat16")):
             raise ValueError(key)

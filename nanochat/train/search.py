@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # Below this difference the smaller batch wins: it leaves memory free. Two timings of one size lie up to 1.3% apart on an H100, most
-# of them less: half of the difference is left to that.
+# of them less: so it must win twice, and half of the difference is left to what noise remains.
 SAME_SPEED, NOISE = 0.01, 0.005
 PAYS = 0.03  # a gain from more rows that counts: on a CPU growth goes on for it; a step too small for it is named
 START = 0.8  # of the rows that might fit: the first probe runs, and is one of the two largest candidates that do
@@ -24,7 +24,10 @@ GROWTH = 4  # no probe is larger than so many times the largest that ran
 
 @dataclass(frozen=True)
 class Probe:
-    """One size tried. ok: it ran; whether it leaves the margin free is another question. peak_bytes and speed only then."""
+    """One size tried. ok: it ran; whether it leaves the margin free is another question. peak_bytes and speed only then.
+
+    timings  how many tokens_per_second is the mean of
+    """
 
     device_batch_size: int
     ok: bool
@@ -32,6 +35,7 @@ class Probe:
     tokens_per_second: float | None
     seconds: float
     note: str | None = None
+    timings: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def peak_at(size: int, peaks: dict[int, int]) -> float:
 
 
 class Tried:
-    """What is known: every size is probed once."""
+    """What is known: every size is probed once, and once more where its speed decides."""
 
     def __init__(self, probe: Callable[[int], Probe], limit_bytes: int, known: Iterable[Probe] = ()):
         self.probe, self.limit_bytes = probe, limit_bytes
@@ -73,6 +77,13 @@ class Tried:
         if size not in self.probes:
             self.probes[size] = self.probe(size)
         return self.known_to_fit(size)
+
+    def time_again(self, size: int) -> bool:
+        """Whether it was to be timed again: it has one timing so far."""
+        if self.probes[size].timings > 1:
+            return False
+        self.probes[size] = self.probe(size)
+        return True
 
     def known_to_fit(self, size: int) -> bool:
         one = self.probes.get(size)
@@ -117,7 +128,7 @@ def search(
 ) -> Found:
     """The fastest candidate whose peak stays below the limit.
 
-    probe       tries a size; called once for each
+    probe       tries a size; called once for each, and a second time, for the mean of both timings, where two are about as fast
     candidates  ascending, beginning with 1: the sizes that a step can be split into
     most        largest size worth trying
     guess       how many rows might fit: where to begin, nothing more
@@ -130,6 +141,10 @@ def search(
     for size in [n for n in candidates if n <= low][-TIMED:]:
         tried.fits(size)
     _until_larger_is_faster(tried, candidates)
+    _until_a_tie_is_sure(tried, candidates)
+    low = max((n for n in candidates if tried.known_to_fit(n)), default=0)
+    if not low:  # what ran once did not run again
+        return Found(None, None, False, tried.off, list(tried.probes.values()), "nothing fits")
     largest = _most_rows(tried, low, most, candidates[-1])
     return _chosen(tried, candidates, largest)
 
@@ -201,6 +216,26 @@ def _until_larger_is_faster(tried: Tried, candidates: list[int]) -> None:
             return
 
 
+def _until_a_tie_is_sure(tried: Tried, candidates: list[int]) -> None:
+    """A smaller size that would be preferred to the fastest, and the fastest, are timed twice."""
+    while True:
+        usable = [tried.probes[n] for n in candidates if tried.known_to_fit(n)]
+        if not usable:
+            return
+        chosen, fastest = _preferred(usable), max(usable, key=lambda one: one.tokens_per_second)
+        if chosen is fastest:
+            return
+        timed = [tried.time_again(one.device_batch_size) for one in (chosen, fastest)]
+        if not any(timed):
+            return
+
+
+def _preferred(usable: list[Probe]) -> Probe:
+    """The smallest of the sizes (ascending) that are about as fast as the fastest."""
+    fastest = max(one.tokens_per_second for one in usable)
+    return next(one for one in usable if one.tokens_per_second >= fastest * (1 - SAME_SPEED + NOISE))
+
+
 def _most_rows(tried: Tried, low: int, most: int, of_use: int) -> int:
     """The most rows that fit: by a line that holds, otherwise tried, until what fits is more than a step can use."""
     low = max([low, *(n for n in tried.probes if n <= most and tried.known_to_fit(n))])
@@ -222,7 +257,7 @@ def _most_rows(tried: Tried, low: int, most: int, of_use: int) -> int:
 def _chosen(tried: Tried, candidates: list[int], largest: int) -> Found:
     usable = [tried.probes[n] for n in candidates if tried.known_to_fit(n)]
     fastest = max(one.tokens_per_second for one in usable)
-    chosen = next(one for one in usable if one.tokens_per_second >= fastest * (1 - SAME_SPEED + NOISE))
+    chosen = _preferred(usable)
     sizes = ", ".join(str(one.device_batch_size) for one in usable)
     reason = f"{chosen.tokens_per_second:,.0f} tokens/s, the fastest of {sizes} rows"
     if chosen.tokens_per_second < fastest:

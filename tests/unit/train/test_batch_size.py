@@ -165,6 +165,20 @@ def test_stages_of_one_shape_share_their_probes(device, tmp_path):
     assert len(device.tried) == 2 * len(measured_first)
 
 
+def test_two_sizes_about_as_fast_are_timed_twice_once(device, tmp_path):
+    """The mean of both timings counts, and is kept."""
+    per_row = {32: iter([1.001, 1.02]), 64: iter([1.0, 1.0])}
+    device.micro_step_seconds = lambda rows: 0.01 * rows * (next(per_row[rows]) if rows in per_row else 1.1)
+    first = make_plan(on_gpu(tmp_path))
+    assert (device.tried.count(32), device.tried.count(64)) == (2, 2)
+    assert first["device_batch_size"] == 64, "32 rows are 0.1% behind, then 2%: 1% on average"
+    timings = {one["device_batch_size"]: one["timings"] for one in first["probes"]}
+    assert timings[32] == timings[64] == 2
+    tried = list(device.tried)
+    assert make_plan(on_gpu(tmp_path))["device_batch_size"] == 64
+    assert device.tried == tried
+
+
 def test_a_failed_size_is_not_chosen_again(device, tmp_path):
     plan = make_plan(on_gpu(tmp_path))
     mark_as_too_large(plan["cache"], plan["key"], 64)

@@ -13,7 +13,7 @@ class Law:
 
     def __init__(self, capacity, per_row=10.0, fixed=100.0, noise=0.0, step=1, kink=None, speed=lambda n: float(n)):
         self.capacity, self.per_row, self.fixed, self.noise, self.step = capacity, per_row, fixed, noise, step
-        self.kink, self.speed, self.tried = kink, speed, []
+        self.kink, self.speed, self.tried, self.again = kink, speed, [], []
 
     def peak(self, n: int) -> int:
         rounded = -(-n // self.step) * self.step  # allocators round up: memory grows in steps
@@ -21,11 +21,18 @@ class Law:
         return int((self.fixed + self.per_row * rounded + bent) * (1 + self.noise * (n * 7919 % 13) / 13))
 
     def __call__(self, n: int) -> Probe:
-        assert n not in self.tried, "a size was tried twice"
+        if n in self.tried:
+            assert n not in self.again, "a size was tried three times"
+            self.again.append(n)
+            return Probe(n, True, self.peak(n), (self.speed(n) + self.later(n)) / 2, 2.0, timings=2)
         self.tried.append(n)
         if self.peak(n) > self.capacity:
             return Probe(n, False, None, None, 1.0, "out of memory")
         return Probe(n, True, self.peak(n), self.speed(n), 1.0)
+
+    def later(self, n: int) -> float:
+        """Speed when it is timed again."""
+        return self.speed(n)
 
 
 def divisors(n: int) -> list[int]:
@@ -155,6 +162,36 @@ def test_within_one_percent_the_smaller_is_chosen():
     found = search(Law(1e9, speed=lambda n: 100.0 + n / 100), divisors(64), 10**9, 64, 64)
     assert found.chosen.device_batch_size == min(p.device_batch_size for p in found.probes)
     assert "for less than 1%" in found.reason
+
+
+def test_what_is_preferred_for_a_tie_has_won_twice():
+    """On an H100 256 rows were timed 0.2% below 512 once, 1.3% below afterwards."""
+    speed = {128: 545.6, 256: 555.7, 512: 556.8}.__getitem__
+    law = Law(1e9, speed=speed)
+    law.later = {256: 548.0, 512: 556.0}.__getitem__
+    found = search(law, [128, 256, 512], 10**9, 512, 600)
+    assert found.chosen.device_batch_size == 512
+    assert sorted(law.again) == [256, 512]
+    law = Law(1e9, speed=speed)
+    assert search(law, [128, 256, 512], 10**9, 512, 600).chosen.device_batch_size == 256
+    again = Law(1e9, speed=speed)
+    known = search(law, [128, 256, 512], 10**9, 512, 600, known=search(again, [128, 256, 512], 10**9, 512, 600).probes)
+    assert known.chosen.timings == 2
+    assert len(law.again) == 2, "known timings are not repeated"
+
+
+def test_a_size_that_does_not_run_a_second_time_is_not_chosen():
+    law = Law(1e9, speed=lambda n: 556.8 if n == 512 else 555.7 if n >= 256 else 545.6)
+    fails = Probe(512, False, None, None, 1.0, "out of memory")
+    found = search(lambda n: fails if n == 512 and n in law.tried else law(n), [128, 256, 512], 10**9, 512, 600)
+    assert found.chosen.device_batch_size == 256
+    assert 256 <= found.largest < 512
+
+
+def test_clear_differences_are_timed_once():
+    law = Law(1e9, speed={128: 500.0, 256: 550.0, 512: 556.8}.__getitem__)
+    assert search(law, [128, 256, 512], 10**9, 512, 600).chosen.device_batch_size == 512
+    assert not law.again
 
 
 def test_a_difference_near_one_percent_is_left_to_the_larger():
