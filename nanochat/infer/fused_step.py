@@ -92,7 +92,7 @@ class Plan:
 
 
 def plan_for(rows: int) -> Plan:
-    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64, 93 and 128 rows.
+    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64, 93, 128 and 256 rows.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
@@ -114,8 +114,13 @@ def plan_for(rows: int) -> Plan:
         down = Tile(64, 32, 128, splits=3, stages=6)
         return Plan(tile, tile, tile, down, replace(head, m=64), 64, 4, 1, ahead_megabytes=8)
     out, down = Tile(16, 64, 256), Tile(64, 64, 128, splits=4, stages=6)
-    held, registers = (1, 128) if rows <= 96 else (0, 96)
-    return Plan(tile, out, tile, down, head, 64, 2, held, attention_registers=registers, ahead_megabytes=16)
+    if rows <= 96:
+        positions, warps, held, registers = 64, 2, 1, 128
+    elif rows <= 128:
+        positions, warps, held, registers = 64, 2, 0, 96
+    else:
+        positions, warps, held, registers = 32, 1, 1, 128
+    return Plan(tile, out, tile, down, head, positions, warps, held, attention_registers=registers, ahead_megabytes=16)
 
 
 class FusedStep:
