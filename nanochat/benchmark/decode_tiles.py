@@ -97,7 +97,7 @@ def measure(model: GPT, batch_sizes: list[int], filled: int, rates: Rates, secon
 
 
 def _measure_size(step: "TimedStep", rates: Rates, seconds: float) -> Iterator[dict]:
-    rows, first = step.rows, plan_for(step.rows)
+    rows, first = step.rows, plan_for(step.rows, _head_dim(step))
     floor = cached_step(step.model, rows, step.filled).bytes / rates.copy_bytes_per_second
 
     def row(case: str, times: list[float], **more) -> dict:
@@ -310,7 +310,6 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
 
     "whole": in everything, the plans of other numbers of rows. "ahead": in what the L2 cache is asked for, all combinations.
     """
-    config = step.model.config
     if name == "whole":
         return _others(plan, step)
     if name == "ahead":
@@ -319,12 +318,12 @@ def changes(plan: Plan, name: str, step: TimedStep) -> list[Plan]:
         return [other for other in others if other != plan]
     if name == "attend":
         others = [replace(plan, **changed) for changed in _neighbours(vars(plan), ATTENTION_SIZES, PAIRS)]
-        return [other for other in others if holds(other, config.width // config.heads)]
+        return [other for other in others if holds(other, _head_dim(step))]
     inner = _inner(name, step)
     neighbours = [
         replace(getattr(plan, name), **changed) for changed in _neighbours(vars(getattr(plan, name)), SIZES, PAIRS)
     ]
-    elsewhere = [_widened(getattr(plan_for(rows), name), step.rows) for rows in OTHER_ROWS]
+    elsewhere = [_widened(getattr(plan_for(rows, _head_dim(step)), name), step.rows) for rows in OTHER_ROWS]
     tiles = dict.fromkeys(
         tile
         for tile in (_mended(tile).fitted(inner) for tile in (*neighbours, *elsewhere))
@@ -337,7 +336,7 @@ def _others(plan: Plan, step: TimedStep) -> list[Plan]:
     """The plans of OTHER_ROWS, with tiles as high as this step's rows ask for; those of which all tiles fit."""
     found = []
     for rows in OTHER_ROWS:
-        other = plan_for(rows)
+        other = plan_for(rows, _head_dim(step))
         tiles = {name: _widened(getattr(other, name), step.rows).fitted(_inner(name, step)) for name in PRODUCTS}
         if all(fits(tile, _inner(name, step), step.rows, name in ADDED) for name, tile in tiles.items()):
             found.append(replace(other, **tiles))
@@ -352,6 +351,11 @@ def _widened(tile: Tile, rows: int) -> Tile:
 def _inner(name: str, step: TimedStep) -> int:
     """K of a product."""
     return step.model.config.width * (4 if name == "down" else 1)
+
+
+def _head_dim(step: TimedStep) -> int:
+    config = step.model.config
+    return config.width // config.heads
 
 
 def holds(plan: Plan, head_dim: int) -> bool:

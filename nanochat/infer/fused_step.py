@@ -91,8 +91,9 @@ class Plan:
                 raise ValueError(f"{name}: a program has {columns} columns; at least {fewest}")
 
 
-def plan_for(rows: int) -> Plan:
-    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64, 93, 128 and 256 rows.
+def plan_for(rows: int, head_dim: int = 64) -> Plan:
+    """The fastest that `benchmark decode-tiles` found on an H100 at 12 x 768, for 1, 16, 32, 64, 93, 128 and 256 rows with heads of
+    64, and for 1, 32, 93 and 128 with heads of 128, where two of them differ.
 
     With few rows a product is a matter of reading the weights once: narrow blocks, so that all processors read. With many the
     stream is read again for each block of columns: wide blocks, and parts of K where that leaves too few of them.
@@ -108,7 +109,10 @@ def plan_for(rows: int) -> Plan:
     if rows <= 32:
         qkv, out = Tile(32, 8, 256, stages=3, warps=2), Tile(16, 64, 256)
         up, down = Tile(32, 32, 256, stages=5, warps=2), Tile(32, 16, 512, splits=2, stages=4)
-        return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), 64, 4, 2)
+        positions = 64
+        if head_dim > 64:
+            qkv, positions = Tile(16, 32, 256), 128
+        return Plan(qkv, out, up, down, Tile(32, 64, 128, stages=4), positions, 4, 2)
     tile, head = Tile(64, 64, 128, stages=4), Tile(128, 128, 64, stages=3, warps=8)
     if rows <= 64:
         down = Tile(64, 32, 128, splits=3, stages=6)
@@ -117,7 +121,7 @@ def plan_for(rows: int) -> Plan:
     if rows <= 96:
         positions, warps, held, registers = 64, 2, 1, 128
     elif rows <= 128:
-        positions, warps, held, registers = 64, 2, 0, 96
+        positions, warps, held, registers = 64, 2, 0, 80 if head_dim > 64 else 96
     else:
         positions, warps, held, registers = 32, 1, 1, 128
     return Plan(tile, out, tile, down, head, positions, warps, held, attention_registers=registers, ahead_megabytes=16)
@@ -185,7 +189,7 @@ class FusedStep:
 
     def __call__(self, rows: int, splits: int, kind: Kind, steps: int = 1, plan: Plan | None = None) -> None:
         """decode_step of the first `rows` rows, `steps` times."""
-        plan, state = plan or plan_for(rows), self.state.first(rows)
+        plan, state = plan or plan_for(rows, self.head_dim), self.state.first(rows)
         self._embed(state, rows, steps)
         for behind in range(steps, 0, -1):
             self._step(state, rows, splits, kind, plan, behind)

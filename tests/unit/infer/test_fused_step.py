@@ -11,10 +11,11 @@ from nanochat.benchmark.kv_cache import LOGIT_TOLERANCE, first_difference
 from nanochat.config import ADDITIONS
 from nanochat.infer.decode import Rows, decode_step
 from nanochat.infer.engine import Engine
-from nanochat.infer.fused_step import FusedStep, Plan, Tile
+from nanochat.infer.fused_step import FusedStep, Plan, Tile, plan_for
 from nanochat.infer.requests import Request
 from nanochat.infer.sampling import Kind, RowSampling, Sampling
 from nanochat.model.attention import KVCache
+from nanochat.model.gpt import GPT, GPTConfig
 from tests.unit.infer.kernels_here import DEVICE, FAILS, ON_GPU, PDL, VOCAB, close, random, tiny
 
 pytestmark = [pytest.mark.skipif(FAILS is not None, reason=str(FAILS)), *([pytest.mark.gpu] if ON_GPU else [])]
@@ -73,6 +74,38 @@ def test_a_fused_step_is_a_step_of_the_model(kind, plan, splits, additions):
     for row, filled in enumerate(states[0].position.tolist()):  # behind that the model writes for a row that has halted
         for one, other in zip(caches[0].tensors(), caches[1].tensors(), strict=True):
             assert close(one[row, :filled], other[row, :filled].double(), torch.bfloat16 if ON_GPU else torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "head_dim"), [(2, 64), (16, 64), (32, 64), (32, 128), (64, 64), (93, 64), (128, 128), (130, 64)]
+)
+def test_every_plan_in_use_is_a_step_of_the_model(rows, head_dim):
+    """A layer with value embeddings; rows of different lengths, longer than a tile; every fourth runs, which saves time."""
+    dtype, width, length = torch.float16 if ON_GPU else torch.float32, 2 * head_dim, 80
+    model = GPT(GPTConfig(VOCAB, 1, width, 2, 2, 15.0, 10_000.0, length, additions=("value_embeddings",)))
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = random(*parameter.shape, seed=i, dtype=torch.float32) * width**-0.5
+    model, caches, states = model.to(DEVICE).requires_grad_(False), [], []
+    model.compute_dtype = dtype
+    for _ in range(2):
+        cache = KVCache(model.config, rows, length, torch.device(DEVICE), dtype)
+        for i, side in enumerate(cache.keys + cache.values):
+            side.copy_(random(*side.shape, seed=i, dtype=dtype))
+        state = Rows.empty(rows, 8, torch.device(DEVICE))
+        state.token.copy_(torch.arange(rows) % VOCAB)
+        state.position.copy_(torch.arange(rows) * 7 % (length - 1))
+        state.remaining.fill_(20)
+        running = torch.arange(rows) % 4 == 1
+        state.running.copy_(running)
+        caches.append(cache)
+        states.append(state)
+    kind = Kind(True, False, False)
+    decode_step(model, caches[0], states[0], kind)
+    FusedStep(model, caches[1], states[1])(rows, 1, kind, 1, plan_for(rows, head_dim))
+    assert (states[0].token == states[1].token).float().mean() > (0.95 if ON_GPU else 0.999)  # near ties in float16
+    for one, other in zip(caches[0].tensors(), caches[1].tensors(), strict=True):
+        assert close(one[running], other[running].double(), torch.bfloat16 if ON_GPU else torch.float32)
 
 
 @pytest.mark.skipif(ON_GPU, reason="in float32 the engine on a GPU does not use the kernels")
