@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +20,20 @@ from nanochat.errors import UserError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def unique_suffix() -> str:
+    """For names of temporary files: process ids alone repeat from node to node, and always in containers."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; on leaving it becomes `path`, and on an exception it is removed.
 
-    The name is unique to the process, so that two writers never share one. The folder is made.
+    The name is unique, so that two writers never share one. The folder is made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{unique_suffix()}.tmp"
     try:
         yield temporary
         sync(temporary)

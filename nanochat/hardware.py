@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-# Dense peak in FLOP/s of matrix multiplications without sparsity, from the vendors' data sheets. The first name that
-# is part of the device's name counts, so the longer names come first. (bfloat16 or float16 where there is no bfloat16,
+# Dense peak in FLOP/s of matrix multiplications without sparsity, from the vendors' data sheets. The first whose words are
+# words of the device's name counts, so the longer names come first: an A4000 is no A40. (bfloat16 or float16 where there is no bfloat16,
 # float32 with TF32 where there is TF32.)
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("GB200", 2.5e15, 1.25e15),
@@ -196,7 +197,7 @@ def cpu_count() -> int:
 def peak_flops(name: str, dtype: "torch.dtype | str") -> float | None:
     """Dense peak of the named device, FLOP/s; None where none is known (every CPU): no MFU is stated then."""
     for part, half, single in PEAKS:
-        if part.lower() in name.lower():
+        if re.search(rf"\b{part}\b", name, re.IGNORECASE):
             return single if str(dtype).removeprefix("torch.") == "float32" else half
     return None
 
@@ -267,16 +268,33 @@ def host_memory_bytes() -> int:
     """Memory that is available on this host to this job."""
     limits = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
     for folder in _cgroup_folders():
-        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        limit, used, cached = _number(folder / "memory.max"), _number(folder / "memory.current"), "inactive_file"
         if limit is None:  # version 1 of cgroups
             limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+            cached = "total_inactive_file"
         if limit is not None and limit < 2**60:
-            limits.append(max(limit - (used or 0), 0))
+            # Files that were read count as used until the memory is wanted for something else.
+            free = [int(line.split()[1]) for line in _lines(str(folder / "memory.stat")) if line.split()[0] == cached]
+            limits.append(min(limit, max(limit - (used or 0) + sum(free), 0)))
     if mebibytes := os.environ.get("SLURM_MEM_PER_NODE"):
         limits.append(int(mebibytes) * 2**20)
     elif mebibytes := os.environ.get("SLURM_MEM_PER_CPU"):
         limits.append(int(mebibytes) * 2**20 * int(os.environ.get("SLURM_CPUS_ON_NODE", "1")))
     return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Also where it is not the caching allocator that finds no room but a library or the driver, cuBLAS for its workspace for one."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("ALLOC_FAILED", "out of memory"))
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """torch's allocator on a CPU has no exception of its own."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def used_beside_bytes(device: "torch.device") -> int:

@@ -24,9 +24,9 @@ from nanochat import command_settings, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_settings, write_json
 from nanochat.progress import say
-from nanochat.train.measured import Measured, cache_key
+from nanochat.train.measured import OUT_OF_MEMORY, Measured, cache_key
 from nanochat.train.plan import rows_per_step
-from nanochat.train.prober import DidNotRun, Prober
+from nanochat.train.prober import OUT_OF_HOST_MEMORY, TOO_SLOW, DidNotRun, Prober
 from nanochat.train.search import Found, Probe, search, search_while_it_pays
 
 # That a probe is timed for at least: half a second gave rates of one size up to 3.4% apart on an H100.
@@ -59,15 +59,17 @@ def make_plan(settings: command_settings.PlanSettings, use_cache: bool = True) -
     gpu = _smallest_gpu(settings)
     capacity = gpu.memory_bytes if gpu else hardware.host_memory_bytes()
     key = cache_key(settings, gpu)
-    measured = Measured.load(own.cache, key, use_cache, lambda message: say("batch_size", message))
+    tell = lambda message: say("batch_size", message)  # noqa: E731
+    measured = Measured.load(own.cache, key, use_cache, tell)
     found = _search(settings, rows, capacity, measured, gpu)
-    if found.chosen is None:
-        why = min(found.probes, key=lambda one: one.device_batch_size).note or "too large"
-        raise UserError(
-            f"config.yaml: train.{stage}: not even one row of sequence_length = {settings.sequence_length} fits in "
-            f"{1 - own.margin:.0%} of {capacity / 2**30:.1f} GiB ({why}). "
-            f"Lower train.{stage}.sequence_length, model.depth or tokenizer.vocab_size."
+    if found.chosen is None and not measured.is_new and _smallest(found).note == OUT_OF_MEMORY:
+        tell(
+            f"{measured.path}: one row ran out of memory then; another process may have been on the GPU: measuring again"
         )
+        measured = Measured.load(own.cache, key, False, tell)
+        found = _search(settings, rows, capacity, measured, gpu)
+    if found.chosen is None:
+        raise _nothing_fits(settings, capacity, _smallest(found).note)
     source = "measured" if measured.is_new else "cache"
     plan = _plan(settings, rows, found.chosen.device_batch_size, source, started) | {
         "max_device_batch_size": found.largest,
@@ -88,6 +90,27 @@ def make_plan(settings: command_settings.PlanSettings, use_cache: bool = True) -
         f"{stage}: {plan['device_batch_size']} rows x {plan['grad_accum_steps']} ({source}): {found.reason}",
     )
     return plan
+
+
+def _smallest(found: Found) -> Probe:
+    return min(found.probes, key=lambda one: one.device_batch_size)
+
+
+def _nothing_fits(settings: command_settings.PlanSettings, capacity: int, note: str | None) -> UserError:
+    """note  why the smallest probe did not run"""
+    stage, own = settings.stage, settings.batch_size
+    row = f"config.yaml: train.{stage}: not even one row of sequence_length = {settings.sequence_length}"
+    smaller = f"ower train.{stage}.sequence_length, model.depth or tokenizer.vocab_size."
+    if note == OUT_OF_HOST_MEMORY:
+        memory = f"{hardware.host_memory_bytes() / 2**30:.1f} GiB"
+        return UserError(
+            f"{row} can be tried in the job's memory, {memory}. Give it more (mem_mb in the profile), or l{smaller}"
+        )
+    if note and note.startswith(TOO_SLOW):
+        limit = f"batch_size.probe_timeout_seconds = {own.probe_timeout_seconds:g}"
+        return UserError(f"{row} was measured within {limit}. Raise it, or l{smaller}")
+    share = f"{1 - own.margin:.0%} of {capacity / 2**30:.1f} GiB"
+    return UserError(f"{row} fits in {share} ({note or 'too large'}). L{smaller}")
 
 
 def measure_again(plan: dict[str, Any], gpu_index: int | None) -> float | None:

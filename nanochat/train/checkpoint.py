@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.files import require_checksum, sha256, sync, write_json
+from nanochat.files import require_checksum, sha256, sync, unique_suffix, write_json
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -66,8 +66,8 @@ def save(
     checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    final = checkpoints / f"step-{step:08}"
-    temporary = checkpoints / f".{final.name}.{os.getpid()}.tmp"
+    final = _folder(checkpoints, step, fingerprint)
+    temporary = checkpoints / f".{final.name}.{unique_suffix()}.tmp"
     try:
         _write(temporary, step, fingerprint, {MODEL: model, OPTIMIZER: optimizer}, state)
         # Writing took time; another attempt may have begun meanwhile.
@@ -78,13 +78,22 @@ def save(
         raise
     if final.exists():
         # The same step was saved before (damaged, or by an earlier attempt). A folder cannot replace a full one at once.
-        final.rename(checkpoints / f".{final.name}.{os.getpid()}.old.tmp")
+        final.rename(checkpoints / f".{final.name}.{unique_suffix()}.old.tmp")
     temporary.rename(final)
     sync(checkpoints)
     for leftover in checkpoints.glob(".step-*.old.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     prune(checkpoints, fingerprint, keep)
     return final
+
+
+def _folder(checkpoints: Path, step: int, fingerprint: str) -> Path:
+    """step-00000120; with a part of the fingerprint behind it where other settings have a checkpoint of that step."""
+    folder = checkpoints / f"step-{step:08}"
+    with contextlib.suppress(OSError, UserError, KeyError, TypeError):
+        if _state(folder)["fingerprint"] != fingerprint:
+            return checkpoints / f"{folder.name}-{fingerprint[:8]}"
+    return folder
 
 
 def _write(folder: Path, step: int, fingerprint: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -113,6 +122,8 @@ def newest_valid(checkpoints: str | Path, fingerprint: str, say: Callable[[str],
                 entry = state["files"][name]
                 require_checksum(folder / name, entry["size_bytes"], entry["sha256"], folder / STATE, "the stage")
             return Checkpoint(folder, state["step"], state)
+        except OSError as error:
+            say(f"skipping the checkpoint {folder.name}, which cannot be read: {error}")
         except (UserError, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, UserError) else f"{folder / STATE}: no {error}"
             say(f"skipping the damaged checkpoint {folder.name}: {reason.split(' Remove it')[0].split(' Run the')[0]}")
@@ -159,6 +170,6 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _remove(folder: Path) -> None:
     """Under a temporary name first: a kill in the middle must not leave a half-removed checkpoint."""
-    hidden = folder.parent / f".{folder.name}.{os.getpid()}.old.tmp"
+    hidden = folder.parent / f".{folder.name}.{unique_suffix()}.old.tmp"
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -11,6 +11,7 @@ class History:
 
     useful_seconds           of the steps themselves; loader_seconds, the wait for rows, is a part of them
     checkpoint_seconds       for which training waited; checkpoint_write_seconds were spent beside it
+    gpu_utilization          mean of so many samples, of the first rank's GPU
     """
 
     tokens: int = 0
@@ -27,9 +28,17 @@ class History:
     skipped_steps: int = 0
     peak_memory_bytes: int = 0
     gpu_utilization: float | None = None
+    gpu_utilization_samples: int = 0
     loss_first: float | None = None
     loss_last: float | None = None
     val_bpb: list[tuple[int, float]] = field(default_factory=list)
+
+    def with_utilization(self, mean: float | None, samples: int) -> tuple[float | None, int]:
+        """gpu_utilization and its number of samples, with so many more of that mean."""
+        if not samples or mean is None:
+            return self.gpu_utilization, self.gpu_utilization_samples
+        total = samples + self.gpu_utilization_samples
+        return (mean * samples + (self.gpu_utilization or 0.0) * self.gpu_utilization_samples) / total, total
 
     def count_step(self, tokens: int, target_tokens: int, seconds: float, mean_loss: float | None) -> None:
         self.tokens += tokens

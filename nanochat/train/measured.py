@@ -19,7 +19,7 @@ from nanochat.progress import say
 from nanochat.train.search import Probe
 
 FORMAT = 3
-OUT_OF_MEMORY = "out of memory"  # the one failure that is kept: a late probe may be in time elsewhere
+OUT_OF_MEMORY = "out of memory"  # of the GPU: the one failure that is kept, since others may be this job's
 FAILED_LATER = "training ran out of memory with it"
 # Of the settings these decide what is made of the probes, not what they measure.
 NOT_MEASURED = {"stage", "ranks", "tokens_per_step", "device_batch_size", "batch_size"}

@@ -35,7 +35,10 @@ from nanochat.train.trainer import Trainer
 
 EXIT_OUT_OF_MEMORY = 86
 MICRO_STEPS = 2
+STEPS = 10**6  # more than are run
 WARM_STEPS = 2  # the second still allocates what the first did not reach, and is followed by the validation
+# A step's clock stops before its update has run, which the next step waits for; the first after the validation waits for none.
+UNTIMED_STEPS = WARM_STEPS + 1
 AHEAD_STEPS = 3  # a loader's thread may be asked so many steps before the one that is computed
 TIMED_STEPS = {"cuda": 4, "cpu": 1}  # at least
 # A GPU that rested runs above the clock that its power limit allows for long: an H100's first second of steps is 2 to 6% faster.
@@ -59,13 +62,23 @@ class Rows:
     def micro_batch(self, step: int, first_row: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """inputs, targets: (rows, T) int64, always the same."""
         if self.timed_steps and first_row == 0:
-            if step == WARM_STEPS + AHEAD_STEPS:
+            if step == UNTIMED_STEPS + AHEAD_STEPS:
                 self.started = time.monotonic()
-            lasted = time.monotonic() - self.started if step > WARM_STEPS + AHEAD_STEPS else 0.0
+            lasted = time.monotonic() - self.started if step > UNTIMED_STEPS + AHEAD_STEPS else 0.0
             # One step more than is timed: the log may be one behind.
-            if step > WARM_STEPS + self.timed_steps and lasted >= self.seconds + SETTLING_SECONDS * (self.seconds > 0):
+            if step > UNTIMED_STEPS + self.timed_steps and lasted >= self.seconds + SETTLING_SECONDS * (
+                self.seconds > 0
+            ):
                 raise Enough
         return self.inputs[:rows], self.targets[:rows]
+
+
+class ValidatingOnce(Trainer):
+    """A validation is a pause, after which a step is another one: it is worth its memory, not a place among what is timed."""
+
+    def validate(self) -> float | None:
+        self.train = self.train.model_copy(update={"validate_every_steps": STEPS})
+        return super().validate()
 
 
 def measure(settings: command_settings.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
@@ -87,14 +100,14 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
     loader = Rows(rows, length, vocab_size, TIMED_STEPS[device.type], seconds)
     with tempfile.TemporaryDirectory(prefix="nanochat-probe-") as folder:
         log = Path(folder) / "log.jsonl"
-        trainer = Trainer(
+        trainer = ValidatingOnce(
             training_settings(settings, rows),
             World(0, 1, device),
             model,
             loader,
             Rows(rows, length, vocab_size),
             np.ones(vocab_size, dtype=np.int64),
-            steps=10**6,
+            steps=STEPS,
             micro_rows=rows,
             checkpoints=Path(folder) / "checkpoints",
             log=log,
@@ -106,7 +119,7 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
                 trainer.run()
         except Enough:
             hardware.synchronize(device)
-        steps = settled(read_json_lines(log)[WARM_STEPS:], SETTLING_SECONDS if seconds else 0.0)
+        steps = settled(read_json_lines(log)[UNTIMED_STEPS:], SETTLING_SECONDS if seconds else 0.0)
     update_seconds = statistics.median(_seconds_of_update(trainer, device) for _ in range(3))
     step_seconds = midmean(steps)
     beside_bytes = hardware.used_beside_bytes(device)
@@ -179,11 +192,8 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_DATA, (task["host_bytes"], resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
         result = measure(settings, task["rows"], task["seconds"])
-    except (torch.OutOfMemoryError, MemoryError):
-        return EXIT_OUT_OF_MEMORY
-    except RuntimeError as error:
-        # The CPU allocator has no exception of its own; neither has cuBLAS when its workspace finds no room.
-        if any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED", "out of memory")):
+    except Exception as error:
+        if hardware.is_out_of_gpu_memory(error) or hardware.is_out_of_host_memory(error):
             return EXIT_OUT_OF_MEMORY
         raise
     print(json.dumps(result))

@@ -14,9 +14,12 @@ from typing import Any
 from nanochat import command_settings, hardware
 from nanochat.errors import UserError
 from nanochat.files import write_json
+from nanochat.train.measured import OUT_OF_MEMORY
 
 EXIT_OUT_OF_MEMORY = 86
-KILLED_FOR_MEMORY = (EXIT_OUT_OF_MEMORY, -signal.SIGKILL, 128 + signal.SIGKILL)
+# Why a probe did not run, beside OUT_OF_MEMORY, which is of the size itself: these may be of this job and its host.
+OUT_OF_HOST_MEMORY, TOO_SLOW = "more host memory than the job has", "ended after"
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # a probe is alone
 LOOK_SECONDS = 0.02
 
@@ -72,8 +75,10 @@ class Prober:
         try:
             process.begin({"rows": rows, "seconds": seconds, "host_bytes": self.host_bytes})
             code = self._wait(process)
-            if code in KILLED_FOR_MEMORY or (code == -signal.SIGABRT and "bad_alloc" in process.errors()):
-                raise DidNotRun("out of memory")
+            if code == EXIT_OUT_OF_MEMORY:
+                raise DidNotRun(OUT_OF_MEMORY if self.settings.gpus else OUT_OF_HOST_MEMORY)
+            if code in KILLED or (code == -signal.SIGABRT and "bad_alloc" in process.errors()):
+                raise DidNotRun(OUT_OF_HOST_MEMORY)
             if code:
                 last = (process.errors().strip().splitlines() or ["no message"])[-1]
                 raise UserError(f"the probe of {rows} rows failed with exit code {code}: {last}")
@@ -85,9 +90,9 @@ class Prober:
         until = time.monotonic() + self.timeout_seconds
         while (code := process.poll()) is None:
             if time.monotonic() > until:
-                raise DidNotRun(f"ended after {self.timeout_seconds:.0f} s")
+                raise DidNotRun(f"{TOO_SLOW} {self.timeout_seconds:.0f} s")
             if process.resident_bytes() > self.host_bytes:
-                raise DidNotRun("more host memory than there is")
+                raise DidNotRun(OUT_OF_HOST_MEMORY)
             time.sleep(LOOK_SECONDS)
         return code
 

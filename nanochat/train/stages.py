@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         except checkpoint.AttemptSuperseded as error:
             say(settings.stage, f"{error}: ending without writing anything more")
             return _leave(EXIT_SUPERSEDED, ranks)
-        except torch.OutOfMemoryError as error:
-            say(settings.stage, f"out of GPU memory: {str(error).splitlines()[0]}")
-            return _leave(EXIT_OUT_OF_MEMORY, ranks)
         except Exception as error:
+            if hardware.is_out_of_gpu_memory(error):
+                say(settings.stage, f"out of GPU memory: {str(error).splitlines()[0]}")
+                return _leave(EXIT_OUT_OF_MEMORY, ranks)
             if ranks.size == 1:
                 raise
             # What is wrong on one rank alone must end it now: the others wait for it in a collective.

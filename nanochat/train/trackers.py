@@ -27,15 +27,18 @@ def require_installed(names: list[str]) -> None:
             )
 
 
-def open_trackers(names: list[str], stage: str, folder: Path, first_step: int, settings: dict[str, Any]) -> "Trackers":
+def open_trackers(
+    names: list[str], stage: str, folder: Path, first_step: int, settings: dict[str, Any], fingerprint: str
+) -> "Trackers":
     """
     folder      of the stage: TensorBoard's files go to <folder>/tensorboard, those of Weights & Biases to <folder>/wandb
     first_step  the next step: what an earlier attempt logged from there on is superseded
     settings    of the stage, kept with the run at Weights & Biases
+    fingerprint of the training: another one is another run there, whose steps begin at 1 again
     """
     require_installed(names)
     known = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return Trackers([known[name](stage, folder, first_step, settings) for name in names])
+    return Trackers([known[name](stage, folder, first_step, settings, fingerprint) for name in names])
 
 
 class Trackers:
@@ -56,7 +59,7 @@ class Trackers:
 
 
 class TensorBoard:
-    def __init__(self, stage: str, folder: Path, first_step: int, settings: dict[str, Any]):
+    def __init__(self, stage: str, folder: Path, first_step: int, settings: dict[str, Any], fingerprint: str):
         from torch.utils.tensorboard import SummaryWriter
 
         self._stage, self._writer = stage, SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -70,12 +73,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run for a stage, over all its attempts. Without a network: WANDB_MODE=offline. The key comes from the environment."""
+    """One run for a training, over all its attempts. Without a network: WANDB_MODE=offline. The key comes from the environment."""
 
-    def __init__(self, stage: str, folder: Path, first_step: int, settings: dict[str, Any]):
+    def __init__(self, stage: str, folder: Path, first_step: int, settings: dict[str, Any], fingerprint: str):
         import wandb
 
-        identity = folder / "wandb" / "id"
+        identity = folder / "wandb" / f"id-{fingerprint[:12]}"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(uuid.uuid4().hex)

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Trainer:
             attempt_started = hardware.process_started_unix()
             self._open_saver()
             self._resume()
-            before = self.history.seconds
+            before = replace(self.history)
             if self.step < self.steps and self.compiled:
                 self._compile()
             trackers = self._open_trackers()
@@ -141,8 +141,9 @@ class Trainer:
                         loss=line["loss"] if line["loss"] is not None else "none",
                         tokens_per_second=line["tokens_per_second"],
                     )
-                self.history.seconds = before + time.time() - attempt_started
-                self.history.gpu_utilization = utilization.mean
+                self.history.seconds = before.seconds + time.time() - attempt_started
+                mean, samples = before.with_utilization(utilization.mean, utilization.samples)
+                self.history.gpu_utilization, self.history.gpu_utilization_samples = mean, samples
                 self.history.peak_memory_bytes = max(
                     self.history.peak_memory_bytes, hardware.peak_memory_bytes(self.world.device)
                 )
@@ -295,7 +296,7 @@ class Trainer:
     def _open_trackers(self) -> Trackers:
         names = self.settings.trackers if self.world.leads else []
         stage, settings = self.settings.stage, self.settings.model_dump(mode="json")
-        return open_trackers(names, stage, self.log.parent, self.step + 1, settings)
+        return open_trackers(names, stage, self.log.parent, self.step + 1, settings, self.fingerprint)
 
     def _close(self) -> None:
         """Let go of threads and memory. A checkpoint that is being written is finished first."""

@@ -66,6 +66,17 @@ def _append(path, writer):
         append_json_line(path, {"writer": writer, "number": number, "padding": "x" * 300})
 
 
+def test_writers_of_one_process_id_share_no_temporary_file(tmp_path):
+    """In containers every job may be process 1; the folder is shared."""
+    path = tmp_path / "file"
+    with whole_file(path) as one, whole_file(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"  # which was left last
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_lines_of_two_writers_never_mix(tmp_path):
     path = tmp_path / "log.jsonl"
     writers = [multiprocessing.Process(target=_append, args=(path, writer)) for writer in range(2)]

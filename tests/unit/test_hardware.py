@@ -27,11 +27,62 @@ CPU = torch.device("cpu")
         ("Tesla T4", 65e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400", None),
         ("AMD EPYC, 2 cores", None),
     ],
 )
 def test_peak_follows_the_name(name, peak):
     assert hardware.peak_flops(name, torch.bfloat16) == peak
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": 1000, "memory.current": 900, "memory.stat": "anon 250\nfile 650\ninactive_file 600"}, 700),
+        ({"memory.max": 1000, "memory.current": 900}, 100),
+        ({"memory.max": "max", "memory.current": 900}, 10_000 * 1024),
+        (
+            {
+                "memory.limit_in_bytes": 1000,
+                "memory.usage_in_bytes": 900,
+                "memory.stat": "inactive_file 1\ntotal_inactive_file 600",
+            },
+            700,
+        ),
+    ],
+)
+def test_files_that_were_read_leave_their_memory_to_the_job(tmp_path, monkeypatch, files, free):
+    """A cgroup counts them as used, and one that has read a corpus stands near its limit."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(hardware, "_cgroup_folders", lambda: [tmp_path])
+    lines = hardware._lines
+    monkeypatch.setattr(
+        hardware, "_lines", lambda path: ["MemAvailable: 10000 kB"] if path == "/proc/meminfo" else lines(path)
+    )
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.host_memory_bytes() == free
+
+
+@pytest.mark.parametrize(
+    ("error", "gpu", "host"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), True, False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), False, True),
+        (MemoryError(), False, True),
+        (RuntimeError("shapes cannot be multiplied"), False, False),
+        (ValueError("out of memory"), False, False),
+    ],
+)
+def test_what_a_lack_of_memory_looks_like(error, gpu, host):
+    assert (hardware.is_out_of_gpu_memory(error), hardware.is_out_of_host_memory(error)) == (gpu, host)
 
 
 def test_flops_of_a_token():

@@ -15,7 +15,7 @@ from nanochat import command_settings, config, hardware
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.train import batch_size, measured
+from nanochat.train import batch_size, measured, prober
 from nanochat.train.batch_size import make_plan, measure_again
 from nanochat.train.measured import Measured, cache_key, mark_as_too_large
 from nanochat.train.prober import DidNotRun, Prober
@@ -48,7 +48,7 @@ class Device:
 
     def __init__(self, per_row=GIB, fixed=2 * GIB, capacity=80 * GIB, micro_step_seconds=lambda rows: 0.1):
         self.per_row, self.fixed, self.capacity, self.micro_step_seconds = per_row, fixed, capacity, micro_step_seconds
-        self.tried = []
+        self.tried, self.refuses = [], None
 
     def __call__(self, *_, **__) -> "Device":
         return self
@@ -56,6 +56,8 @@ class Device:
     def __enter__(self):
         def probe(rows: int, seconds: float = 0.0) -> dict:
             self.tried.append(rows)
+            if self.refuses:
+                raise DidNotRun(self.refuses)
             peak = self.fixed + rows * self.per_row
             if peak > self.capacity:
                 raise DidNotRun("out of memory")
@@ -130,6 +132,37 @@ def test_nothing_fits_is_an_error_that_says_what_to_shrink(device):
     device.fixed = 75 * GIB  # it runs, without the margin
     with pytest.raises(UserError, match=r"not even one row .* fits in 85% of 80\.0 GiB \(too large\)"):
         make_plan(on_gpu())
+
+
+def test_a_gpu_that_another_process_filled_is_measured_again(device, tmp_path, capfd):
+    device.fixed = 100 * GIB
+    with pytest.raises(UserError, match="not even one row"):
+        make_plan(on_gpu(tmp_path))
+    device.fixed = 2 * GIB
+    plan = make_plan(on_gpu(tmp_path))
+    assert (plan["device_batch_size"], plan["source"]) == (64, "measured")
+    assert "measuring again" in capfd.readouterr().err
+    mark_as_too_large(plan["cache"], plan["key"], 1)
+    with pytest.raises(UserError, match="training ran out of memory with it"):
+        make_plan(on_gpu(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("note", "says"),
+    [
+        (
+            prober.OUT_OF_HOST_MEMORY,
+            r"tried in the job's memory, .* GiB\. Give it more \(mem_mb in the profile\), or lower",
+        ),
+        (f"{prober.TOO_SLOW} 300 s", r"within batch_size\.probe_timeout_seconds = 300\. Raise it, or lower"),
+    ],
+)
+def test_what_is_not_the_sizes_fault_is_not_kept_and_has_its_own_remedy(device, tmp_path, note, says):
+    device.refuses = note
+    with pytest.raises(UserError, match=says):
+        make_plan(on_gpu(tmp_path))
+    device.refuses = None
+    assert make_plan(on_gpu(tmp_path))["device_batch_size"] == 64
 
 
 def test_override_is_honoured_and_recorded():

@@ -67,6 +67,30 @@ def test_checkpoints_of_other_settings_are_left_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000009"]
 
 
+def test_a_disk_that_does_not_answer_costs_one_checkpoint_not_the_training(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    checksum = checkpoint.require_checksum
+
+    def failing(path, *more):
+        if path.parent.name == "step-00000002":
+            raise OSError(5, "Input/output error", str(path))
+        return checksum(path, *more)
+
+    monkeypatch.setattr(checkpoint, "require_checksum", failing)
+    found, said = newest(tmp_path)
+    assert found.step == 1
+    assert "step-00000002, which cannot be read" in said[0]
+
+
+def test_a_step_that_other_settings_have_saved_too_stays_theirs(tmp_path):
+    save(tmp_path, 4, fingerprint="other")
+    save(tmp_path, 4)
+    save(tmp_path, 4)
+    assert newest(tmp_path)[0].step == newest(tmp_path, "other")[0].step == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000004-f"]
+
+
 def test_the_same_step_can_be_saved_again(tmp_path):
     (save(tmp_path, 4) / checkpoint.MODEL).write_bytes(b"")
     save(tmp_path, 4)

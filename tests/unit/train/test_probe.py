@@ -4,7 +4,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import command_settings, config
+from nanochat.train import probe
 from nanochat.train.probe import midmean, settled
+
+
+def test_a_probe_validates_once_and_times_none_of_the_steps_around_it(monkeypatch):
+    """A validation after every second step would leave half of the timed ones without the update of the step before."""
+    read, logs, timed = probe.read_json_lines, [], []
+    monkeypatch.setattr(probe, "read_json_lines", lambda path: logs.append(read(path)) or logs[-1])
+    monkeypatch.setattr(probe, "midmean", lambda steps: timed.append(steps) or midmean(steps))
+    monkeypatch.setattr(probe, "SETTLING_SECONDS", 0.1)
+    own = command_settings.PlanSettings(
+        stage="base",
+        model=config.Model(depth=1, width=16, head_dim=8).resolved(),
+        vocab_size=32,
+        gpus=0,
+        sequence_length=16,
+        tokens_per_step=512,
+        device_batch_size=None,
+        dtype="float32",
+        compile="off",
+        batch_size=config.BatchSize(),
+    )
+    for seconds in (0.0, 0.2):
+        probe.measure(own, 2, seconds)
+        log, steps = logs.pop(), timed.pop()
+        assert [line["step"] for line in log if line["val_bpb"] is not None] == [2]
+        assert {line["seconds"] for line in log[:3]}.isdisjoint(steps)
+        assert len(steps) >= 1
+    assert len(log) > 10
 
 
 def lines(seconds: list[float], start: float = 1000.0) -> list[dict]:

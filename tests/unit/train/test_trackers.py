@@ -49,7 +49,12 @@ def test_weights_and_biases_keeps_one_run_over_all_attempts(tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     for steps in (2, 4):
         make_trainer(tmp_path, steps=steps, trackers=["wandb"]).run()
-    identity = (tmp_path / "wandb/id").read_text()
+    (identity,) = (path.read_text() for path in (tmp_path / "wandb").glob("id-*"))
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
     assert all(identity in run.name for run in runs)  # a number follows where two begin in the same second
+    # Another training's steps begin at 1 again: in that run they would be dropped.
+    anew = make_trainer(tmp_path, steps=2, trackers=["wandb"])
+    anew.fingerprint = "another"
+    anew.run()
+    assert len(list((tmp_path / "wandb").glob("id-*"))) == 2
