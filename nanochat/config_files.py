@@ -69,13 +69,22 @@ def require_writable(folder: str | Path) -> None:
         raise UserError(f"results = {folder}: cannot write to {existing} ({reason}). Name a writable folder.") from None
 
 
-def write_stage_settings(config: Config, folder: str | Path) -> None:
-    """Write `<stage>.json` for every stage; a file whose content would not change is left alone, and so is its mtime."""
+def write_stage_settings(config: Config, folder: str | Path, keep: bool = False) -> list[str]:
+    """Write `<stage>.json` for every stage; a file whose content would not change is left alone, and so is its mtime.
+
+    keep     leave what is there as it is, and write only what is missing: a job that runs reads its file anew when it is restarted
+    returns  the stages whose files have stayed what they were and should not have
+    """
+    kept = []
     for name, settings in stage_settings(config).items():
         path = Path(folder) / f"{name}.json"
         content = settings.model_dump_json(indent=2) + "\n"
-        if not path.exists() or path.read_text() != content:
+        there = path.read_text() if path.exists() else None
+        if there is not None and there != content and keep:
+            kept.append(name)
+        elif there != content:
             write_text(path, content)
+    return kept
 
 
 def render_yaml(config: Config) -> str:

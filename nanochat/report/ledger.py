@@ -1,12 +1,14 @@
 """The jobs of a run, as `results/jobs/ledger.jsonl` tells them: every attempt, requeued, failed and cancelled ones too.
 
 The newest line of each (job_id, attempt, restart) wins. An attempt without an end is counted until now when it still
-runs, and until the next attempt of the same work was submitted when it cannot run any more.
+runs, and until the next attempt of the same work was submitted when it cannot run any more. Where the driver was killed, the
+job's own `jobs/<folder>/status-<restart>.json` may tell its end.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nanochat.report.read import Run, number, text, unix_seconds, whole
@@ -41,6 +43,7 @@ class Attempt:
     state: str
     reason: str | None
     exit_code: int | None
+    folder: str | None
     end_is: str = "recorded"  # recorded | now | bounded | unknown | never started
 
     @property
@@ -82,7 +85,8 @@ def read_attempts(run: Run, now: float) -> list[Attempt]:
         run.note(f"`jobs/ledger.jsonl`: {foreign:,} line{'s' * (foreign > 1)} of an unknown form left out.")
     if not newest:
         run.note("`jobs/ledger.jsonl` is not there or empty: no job times, no cost. Was a stage run by hand?")
-    ordered = sorted(newest.values(), key=lambda one: (one.submitted or one.started or now, one.job_id, one.restart))
+    known = [one for attempt in newest.values() for one in _as_the_job_says(run, attempt)]
+    ordered = sorted(known, key=lambda one: (one.submitted or one.started or now, one.job_id, one.restart))
     return _with_ends(ordered, now)
 
 
@@ -148,7 +152,32 @@ def _attempt(line: dict[str, Any]) -> Attempt | None:
         state=state[0].rstrip("+,") if state else "UNKNOWN",
         reason=text(line.get("reason")),
         exit_code=None if exit_code is None else int(exit_code),
+        folder=text(line.get("folder")),
     )
+
+
+def _as_the_job_says(run: Run, attempt: Attempt) -> list[Attempt]:
+    """An attempt without a final line, with the end that its job wrote down; and what SLURM requeued while no driver looked."""
+    status = _status(run, attempt)
+    if not status:
+        return [attempt]
+    following = replace(attempt, restart=attempt.restart + 1, submitted=None, eligible=None, started=None, nodes=None)
+    started, ended = attempt.started or unix_seconds(status.get("started")), unix_seconds(status.get("ended"))
+    attempt = replace(attempt, started=started)
+    if status.get("state") == "ended" and ended is not None:
+        code, kind = number(status.get("exit_code")), text(status.get("kind"))
+        state = "COMPLETED" if code == 0 else "REQUEUED" if kind == "checkpointed" else "FAILED"
+        exit_code = None if code is None else int(code)
+        attempt = replace(attempt, ended=ended, state=state, reason=None if code == 0 else kind, exit_code=exit_code)
+    elif started is not None:
+        attempt = replace(attempt, state="RUNNING")
+    return [attempt, *(_as_the_job_says(run, following) if _status(run, following) else [])]
+
+
+def _status(run: Run, attempt: Attempt) -> dict[str, Any]:
+    if attempt.state in FINAL or not attempt.folder:
+        return {}
+    return run.object(f"jobs/{Path(attempt.folder).name}/status-{attempt.restart}.json")
 
 
 def _kept(newer: Attempt, older: Attempt | None) -> Attempt:

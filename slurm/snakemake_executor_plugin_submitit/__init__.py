@@ -77,6 +77,7 @@ class Executor(RemoteExecutor):
         # The base class starts the polling thread before __post_init__: what that thread touches exists from here on.
         self.ready = False
         self.driver = None
+        self._complaint = ""
         super().__init__(workflow, logger)
 
     def __post_init__(self):
@@ -138,12 +139,23 @@ class Executor(RemoteExecutor):
         end = time.monotonic() + self.next_seconds_between_status_checks
         while self.wait and self.ready:
             left = end - time.monotonic()
-            if left <= 0 or self.driver.wants_a_look():
+            if left <= 0 or self._wants_a_look():
                 break
-            self.driver.show_progress()
             await asyncio.sleep(min(left, 0.25))
         else:
             await asyncio.sleep(0.05)
+
+    def _wants_a_look(self) -> bool:
+        """Whether a job says that it ended; shows progress meanwhile."""
+        try:
+            if self.driver.wants_a_look():
+                return True
+            self.driver.show_progress()
+        except Exception as error:  # as above: the polling thread must not end
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                self.logger.warning(f"Reading what the jobs say failed, trying again: {type(error).__name__}: {error}")
+        return False
 
     def cancel_jobs(self, active_jobs):
         self.ready = False

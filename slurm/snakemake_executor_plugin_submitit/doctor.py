@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import resources
@@ -112,14 +112,37 @@ def examine(cluster: Cluster, requests: dict[str, Request], folder: Path | None 
 
 
 def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
-    name = request.partition or cluster.default_partition
-    if name is None:
+    """Of several partitions ("gpu,long") SLURM takes the one where the job starts first, and passes over those that cannot run it."""
+    names = _partitions(cluster, request)
+    if not names:
         return [Finding(FATAL, f"rule {rule}: no slurm_partition", f"there is no default one; take {_names(cluster)}")]
-    partition = cluster.partitions.get(name)
-    if partition is None:
-        return [
-            Finding(FATAL, f"rule {rule}: slurm_partition = {name}: no such partition", f"there are {_names(cluster)}")
-        ]
+    unknown = [name for name in names if name not in cluster.partitions]
+    if unknown:  # sbatch refuses the whole list
+        which = f" as {', '.join(map(repr, unknown))}" if len(names) > 1 else ""
+        what = f"rule {rule}: slurm_partition = {request.partition}: no such partition{which}"
+        return [Finding(FATAL, what, f"there are {_names(cluster)}")]
+    found = {name: _on_partition(cluster, rule, request, name) for name in names}
+    fits = [name for name in names if all(finding.level != FATAL for finding in found[name])]
+    if fits and cluster.config.get("EnforcePartLimits", "NO") != "ALL":
+        only = f"else it runs on {', '.join(fits)} only"
+        for name in set(names) - set(fits):
+            found[name] = [
+                replace(finding, level=WARNING, change=f"{finding.change}, {only}")
+                if finding.level == FATAL
+                else finding
+                for finding in found[name]
+            ]
+    return [finding for name in names for finding in found[name]]
+
+
+def _partitions(cluster: Cluster, request: Request) -> list[str]:
+    """Where the job may run: what it asks for, else the cluster's default."""
+    asked = request.partition or cluster.default_partition
+    return asked.split(",") if asked else []
+
+
+def _on_partition(cluster: Cluster, rule: str, request: Request, name: str) -> list[Finding]:
+    partition = cluster.partitions[name]
     found = []
     if partition.get("State") != "UP":
         found.append(Finding(FATAL, f"partition {name} is {partition.get('State')}", f"there are {_names(cluster)}"))
@@ -133,9 +156,9 @@ def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
             )
         )
     if request.runtime_minutes is None and not minutes(partition.get("DefaultTime")):
-        found.append(
-            Finding(WARNING, f"rule {rule}: no runtime", f"partition {name} has no default; submitit asks for 5 min")
-        )
+        most = f"its longest, {limit} min" if limit else "no limit at all"  # as slurm.conf has it for DefaultTime
+        change = f"partition {name} has no default, so the job gets {most}; set runtime, shorter jobs start sooner"
+        found.append(Finding(WARNING, f"rule {rule}: no runtime", change))
     nodes = partition.get("MaxNodes", "")
     if nodes.isdigit() and request.nodes > int(nodes):
         found.append(Finding(FATAL, f"rule {rule}: nodes = {request.nodes}", f"partition {name} allows {nodes}"))
@@ -209,8 +232,9 @@ def _account(cluster: Cluster, rule: str, request: Request, partition: dict, nam
 
 def _preemption(cluster: Cluster, requests: dict[str, Request]) -> list[Finding]:
     found = []
-    for name in dict.fromkeys(request.partition or cluster.default_partition for request in requests.values()):
-        mode = cluster.partitions.get(name or "", {}).get("PreemptMode", "OFF")
+    names = [name for request in requests.values() for name in _partitions(cluster, request)]
+    for name in dict.fromkeys(names):
+        mode = cluster.partitions.get(name, {}).get("PreemptMode", "OFF")
         if "CANCEL" in mode:
             found.append(
                 Finding(

@@ -3,8 +3,8 @@
 Nothing here knows Snakemake's scheduler: `Executor` hands in jobs and gets outcomes back.
 """
 
+import copy
 import os
-import re
 import threading
 import time
 from collections import Counter
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import doctor, exits, ledger, resources, work
 from .accounting import CLOSE_SECONDS, Accounting
-from .failures import Decision, decide
+from .failures import Decision, NotReached, decide
 from .job import Allocation, newest_step
 from .progress import Progress
 from .status import Observation
@@ -22,7 +22,6 @@ from .work import Submission
 
 LOG_LINES = 15
 MANY_WAITING = 4  # jobs; more are told as a count
-KILLED_FOR_MEMORY = re.compile(rb"exceeded memory limit|oom[-_ ]kill|Out Of Memory|Exceeded job memory", re.IGNORECASE)
 
 
 @dataclass
@@ -113,8 +112,10 @@ class Driver:
         return submission
 
     def _submit(self, submission: Submission, name: str, command: str, reason: dict[str, str] | None = None) -> None:
-        """Hand a submission to the cluster under a new job id, and write that down."""
-        request = submission.request
+        """Hand a submission to the cluster under a new job id, and write that down. It stays as it was when that is refused."""
+        before = submission
+        submission = copy.copy(before)
+        request, submission.record = submission.request, dict(before.record)
         submission.folder = work.new_folder(self.folder, name)
         allocation = Allocation(
             command=command,
@@ -150,8 +151,9 @@ class Driver:
         submission.notes = {}
         self.cluster.submit(allocation, submission)
         submission.record["eligible"] = submission.record["submitted"]
-        self.running[submission.job_id] = submission
-        ledger.append(self.ledger, submission.record)
+        vars(before).update(vars(submission))
+        self.running[before.job_id] = before
+        ledger.append(self.ledger, before.record)
 
     def look(self, submissions: list[Submission]) -> dict[str, Outcome]:
         """One look at all jobs; the outcome of those that ended, by the job id they had when this was called.
@@ -171,7 +173,11 @@ class Driver:
             outcomes = {}
             for submission in submissions:
                 job_id = submission.job_id
-                if job_id in seen:
+                if submission.again:
+                    outcome = self._resubmit(submission, submission.again)
+                    if outcome:
+                        outcomes[job_id] = outcome
+                elif job_id in seen:
                     outcome = self._advance(submission, seen[job_id])
                     if outcome:
                         outcomes[job_id] = outcome
@@ -192,7 +198,7 @@ class Driver:
             return Outcome(True)
         step = status.get("step") or newest_step(submission.log)
         kind, code = status.get("kind"), status.get("exit_code")
-        if code in (None, 128 + 9, 128 + 15) and _out_of_memory(submission.folder):
+        if code in (None, 128 + 9, 128 + 15) and work.says_out_of_memory(submission.folder):
             kind = "host_out_of_memory"
         further = kind == "checkpointed"  # who tells no steps is believed that it saved
         if step is not None:
@@ -201,8 +207,7 @@ class Driver:
         if decision.action != "resubmit":
             return Outcome(False, self._message(submission, decision), decision.action == "give_up")
         submission.step = step if step is not None else submission.step
-        self._resubmit(submission, decision)
-        return None
+        return self._resubmit(submission, decision)
 
     def _follow_requeues(self, submission: Submission, seen: Observation) -> None:
         """Close the record of each run that SLURM requeued since the last look, and open the next one."""
@@ -239,22 +244,24 @@ class Driver:
         """
         if submission.notes.setdefault("never starts", self._asked) == self._asked:
             return None
-        self.cluster.cancel([submission])
+        if self._cancel([submission]):
+            del submission.notes["never starts"]
+            return None
         ended = Observation("CANCELLED", seen.reason, ended=time.time(), restart=submission.restart)
         self._finish(submission, ended, {})
         self.running.pop(submission.job_id, None)
         if seen.launch_failed:
             decision = decide("NODE_FAIL", None, None, False, submission.resubmitted, seen.reason)
             if decision.action == "resubmit":
-                self._resubmit(submission, decision)
-                return None
+                return self._resubmit(submission, decision)
             return Outcome(False, self._message(submission, decision), True)
         decision = Decision("give_up", "never_starts", f"it would wait for ever ({seen.reason}): {seen.never_starts}")
         return Outcome(False, self._message(submission, decision), True)
 
-    def _resubmit(self, submission: Submission, decision) -> None:
-        count = submission.resubmitted[decision.kind] = submission.resubmitted.get(decision.kind, 0) + 1
-        old = submission.job_id
+    def _resubmit(self, submission: Submission, decision: Decision) -> Outcome | None:
+        """Its outcome when the cluster refuses. A cluster that does not answer is asked again at the next look."""
+        count = submission.resubmitted.get(decision.kind, 0) + 1
+        old, before = submission.job_id, submission.request
         if decision.avoid_nodes:
             submission.request = submission.request.without_nodes(submission.last_nodes)
         if decision.memory_factor != 1:
@@ -262,8 +269,19 @@ class Driver:
         # The stage may act on why it runs again: after a CUDA out-of-memory it plans with a larger margin.
         reason = {"ATTEMPT_REASON": decision.kind, "ATTEMPT_REASON_COUNT": str(count)}
         name = work.name_of(submission.rule, submission.record["wildcards"])
-        self._submit(submission, name, submission.command, reason)
+        try:
+            self._submit(submission, name, submission.command, reason)
+        except NotReached as error:
+            submission.request, submission.again = before, decision
+            self._say(f"{name}: {decision.why}: not submitted again yet: {error}")
+            return None
+        except ValueError as error:
+            submission.request = before
+            refused = Decision("give_up", "refused", f"{decision.why}; submitted again, it was refused: {error}")
+            return Outcome(False, self._message(submission, refused), True)
+        submission.resubmitted[decision.kind], submission.again = count, None
         self._say(f"{name}: {decision.why}: job {old} goes on as job {submission.job_id}")
+        return None
 
     def _note(self, submission: Submission, seen: Observation) -> None:
         """Take over what was seen; a job that started gets its line in the ledger."""
@@ -313,12 +331,18 @@ class Driver:
         with self._lock:
             submissions = list(self.running.values())
             self._say(f"Cancelling {len(submissions)} jobs") if submissions else None
-            self.cluster.cancel(submissions)
+            left = self._cancel(submissions)
             for submission in submissions:
+                if submission.job_id in left:
+                    continue
                 status = exits.read_status(submission.folder, submission.restart) or {}
                 seen = Observation("CANCELLED", "cancelled with its driver", status.get("started"), status.get("ended"))
                 self._finish(submission, seen, status)
             self.running.clear()
+
+    def _cancel(self, submissions: list[Submission]) -> set[str]:
+        """Cancel; returns the ids of jobs that go on, which the cluster has named to the user. Their records stay open."""
+        return set(self.cluster.cancel(submissions) or ())
 
     def close(self) -> None:
         """The end of the run."""
@@ -407,8 +431,10 @@ class Driver:
                 adopted = submission
             elif not ended:
                 self._say(f"{rule}: job {record['job_id']} of an earlier run is out of date and is cancelled")
-                self.cluster.cancel([submission])
-                self._finish(submission, Observation("CANCELLED", "out of date"), {})
+                if self._cancel([submission]):
+                    self.found.append((submission, seen))
+                else:
+                    self._finish(submission, Observation("CANCELLED", "out of date"), {})
         if adopted:
             adopted.token_file = self.folder / "tokens" / work.name_of(rule, wildcards)
             adopted.request = self._request(job)
@@ -419,14 +445,3 @@ class Driver:
 
 def _complete(seen: Observation, job) -> bool:
     return seen.state == "COMPLETED" and all(os.path.exists(path) for path in job.output)
-
-
-def _out_of_memory(folder: Path) -> bool:
-    """Whether SLURM wrote into the job's output that it was killed for its memory; only cgroups tell it in the state."""
-    for path in folder.glob("*_log.*"):
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 16384))
-            if KILLED_FOR_MEMORY.search(file.read()):
-                return True
-    return False

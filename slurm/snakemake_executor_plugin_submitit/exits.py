@@ -64,7 +64,7 @@ def read_status(folder: str | os.PathLike, restart: int) -> dict | None:
     """What the job says of itself (see job.py), or None while it has said nothing."""
     try:
         return json.loads(status_path(folder, restart).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError):  # a shared file system may fail to answer: that says nothing either
         return None
 
 

@@ -23,6 +23,10 @@ GIVE_UP = {
 }
 
 
+class NotReached(ValueError):
+    """The cluster has not answered: asking again may help. Any other ValueError of a submission is a refusal."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """`kind` is the class of failure; `memory_factor` and `avoid_nodes` change the next submission's request."""

@@ -49,7 +49,8 @@ export BASH_ENV={previous}
 [ -n "$BASH_ENV" ] && [ -r "$BASH_ENV" ] && . "$BASH_ENV"
 [ -n "$BASH_ENV" ] || unset BASH_ENV
 trap : TERM
-trap 'echo $? >> {exit_codes}' EXIT
+SUBMITIT_EXIT_CODES={exit_codes}
+trap 'echo $? >> "$SUBMITIT_EXIT_CODES"' EXIT
 """
 
 
@@ -221,7 +222,8 @@ class Allocation:
         setup = Path(self.folder) / f"bash-{status.restart}"
         quoted = [shlex.quote(text) for text in (os.environ.get("BASH_ENV", ""), str(exit_codes))]
         exits.write_whole(setup, BASH_SETUP.format(previous=quoted[0], exit_codes=quoted[1]))
-        script = f"trap : TERM; export BASH_ENV={shlex.quote(str(setup))}; {self.command}"
+        expanded = re.sub(r'([$`"\\])', r"\\\1", str(setup))  # bash takes BASH_ENV for the inside of double quotes
+        script = f"trap : TERM; export BASH_ENV={shlex.quote(expanded)}; {self.command}"
         return subprocess.Popen(
             ["/bin/sh", "-c", script],
             cwd=self.workdir,

@@ -3,11 +3,14 @@
 import argparse
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from . import exits, ledger, work
+from .failures import decide
 
 COLUMNS = ["STAGE", "JOB", "STATE", "ELAPSED", "RESTARTS", "NODE", "GPU-HOURS", "LOG"]
+SUCCESSOR_SECONDS = 15.0  # between the last line of an attempt and the first one of its successor lies an `sbatch`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def table(records: list[dict], now: float, every_attempt: bool = False) -> str:
     """The listing: a line a job, or a line an attempt. Elapsed and GPU-hours of a job are over all of its attempts."""
     groups: dict[object, list[dict]] = {}
-    for number, record in enumerate(records):
+    for number, record in enumerate(as_of_now(records)):
         identity = number if every_attempt else work.name_of(record["rule"], record["wildcards"])
         groups.setdefault(identity, []).append(record)
     rows = [COLUMNS]
@@ -58,25 +61,60 @@ def table(records: list[dict], now: float, every_attempt: bool = False) -> str:
     )
 
 
+def as_of_now(records: list[dict]) -> list[dict]:
+    """The records with what the jobs' own files know better than a ledger whose driver is gone: ends, and runs after a requeue.
+
+    What ended without a final line in the ledger is in state ENDED, for the reason that the job gives.
+    """
+    known = []
+    for record in records:
+        runs = []
+        for restart in _unrecorded_runs(record):
+            status = exits.read_status(record["folder"], restart) or {}
+            run = {**record, "restart": restart}
+            if restart > record["restart"]:
+                run |= {"submitted": None, "eligible": None, "started": None}
+            run["started"] = run["started"] or status.get("started")
+            if status.get("state") == "running":
+                run |= {"state": "RUNNING", "reason": None}
+            elif status.get("state") == "ended":
+                run |= {
+                    "state": "ENDED",
+                    "reason": status["kind"],
+                    "ended": status["ended"],
+                    "exit_code": status["exit_code"],
+                }
+            runs.append(run)
+        for run, following in pairwise(runs):
+            if run["state"] != "ENDED":  # its end was not for it to tell
+                run |= {"state": "REQUEUED", "reason": None, "ended": following["started"]}
+        known += runs or [record]
+    return known
+
+
+def _unrecorded_runs(record: dict) -> list[int]:
+    """Which runs of a job id have left a status file, from the one on that the ledger has no end of."""
+    if not ledger.is_open(record) or not record["folder"]:
+        return []
+    numbers = [path.stem.removeprefix("status-") for path in Path(record["folder"]).glob("status-*.json")]
+    later = {int(number) for number in numbers if number.isdigit() and int(number) > record["restart"]}
+    return sorted(later | {record["restart"]})
+
+
 def _state(record: dict) -> str:
-    """The state as of now: the job's own file may know more than a ledger whose driver is gone."""
-    if ledger.is_open(record) and record["folder"]:
-        status = exits.read_status(record["folder"], record["restart"]) or {}
-        if status.get("state") == "running":
-            return "RUNNING"
-        if status.get("state") == "ended":
-            return f"ENDED ({status['kind']})"
-    if record["state"] == "PENDING" and record["reason"]:
-        return f"PENDING ({record['reason']})"
-    return record["state"]
+    told = record["state"] in ("PENDING", "ENDED") and record["reason"]
+    return f"{record['state']} ({told})" if told else record["state"]
 
 
-def follow(path: Path, stage: str, poll_seconds: float = 0.5) -> int:
-    """Print the log of `stage` as it grows, over its requeues and retries, until it has ended. Exit code 1 if it failed."""
+def follow(path: Path, stage: str, poll_seconds: float = 0.5, successor_seconds: float = SUCCESSOR_SECONDS) -> int:
+    """Print the log of `stage` as it grows, over its requeues and retries, until it has ended. Exit code 1 if it failed.
+
+    After an end that the driver may answer by submitting the job again, it waits `successor_seconds` for that.
+    """
 
     def newest() -> dict | None:
         named = [r for r in ledger.read_attempts(path) if stage in (r["rule"], work.name_of(r["rule"], r["wildcards"]))]
-        return named[-1] if named else None
+        return as_of_now(named)[-1] if named else None
 
     record = newest()
     if record is None:
@@ -84,6 +122,7 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5) -> int:
         print(f"{path}: no job of {stage} yet; there are: {', '.join(known) or 'none'}", file=sys.stderr)
         return 1
     position, since = 0, -1
+    ended, ended_at = None, 0.0
     while True:
         record = newest() or record
         log = Path(record["log"] or "/dev/null")
@@ -98,10 +137,39 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5) -> int:
                 position = file.tell()
         except OSError:
             pass
-        if not ledger.is_open(record):
-            print(f"[{record['state']}{': ' + record['reason'] if record['reason'] else ''}]", file=sys.stderr)
-            return 0 if record["state"] == "COMPLETED" else 1
+        known_end = (record["job_id"], record["attempt"], record["restart"], record["state"])
+        if _is_over(record):
+            if known_end != ended:
+                ended, ended_at = known_end, time.monotonic()
+            if not _may_follow(record) or time.monotonic() - ended_at >= successor_seconds:
+                print(f"[{record['state']}{': ' + record['reason'] if record['reason'] else ''}]", file=sys.stderr)
+                return 0 if _is_success(record) else 1
+        elif record["state"] == "ENDED" and known_end != ended:
+            ended = known_end
+            print(f"[{_state(record)}, SLURM may run it again: waiting]", file=sys.stderr)
         time.sleep(poll_seconds)
+
+
+def _is_over(record: dict) -> bool:
+    if record["state"] != "ENDED":
+        return not ledger.is_open(record)
+    status = exits.read_status(record["folder"], record["restart"]) or {}
+    requeued = record["exit_code"] and (status.get("asked") or record["reason"] == "checkpointed")
+    return record["cluster"] != "slurm" or not requeued  # SLURM may let it wait for days until it runs again
+
+
+def _is_success(record: dict) -> bool:
+    return record["state"] == "COMPLETED" or (record["state"] == "ENDED" and record["exit_code"] == 0)
+
+
+def _may_follow(record: dict) -> bool:
+    """Whether another attempt may follow this one, which has ended."""
+    if _is_success(record):
+        return False
+    status = exits.read_status(record["folder"], record["restart"]) if record["folder"] else None
+    state = "FAILED" if record["state"] == "ENDED" else record["state"]
+    answer = decide(state, (status or {}).get("kind"), record["exit_code"], True, {}, record["reason"])
+    return answer.action != "give_up"
 
 
 def _clock(seconds: float) -> str:

@@ -112,6 +112,11 @@ def is_open(record: dict) -> bool:
     return record.get("state") not in FINAL
 
 
+def has_open_jobs(folder: str | os.PathLike) -> bool:
+    """Whether jobs of this folder's ledger run or wait, as far as a driver knew."""
+    return any(is_open(record) for record in read_attempts(Path(folder) / "ledger.jsonl"))
+
+
 def gpu_hours(records: list[dict], now: float) -> float:
     """GPU-hours charged for these attempts; those still running count until `now` (unix seconds)."""
     seconds = 0.0

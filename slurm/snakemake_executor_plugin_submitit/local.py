@@ -31,6 +31,7 @@ class LocalCluster:
         self.cores = cores
         self.grace_seconds = grace_seconds
         self._controllers: dict[str, subprocess.Popen] = {}
+        self._seen_alive: dict[str, float] = {}  # job id -> unix seconds
 
     def check(self, rule: str, request: Request) -> None:
         """Raises ValueError when this machine can never run the job."""
@@ -65,6 +66,8 @@ class LocalCluster:
     def _observe(self, submission: Submission) -> Observation:
         # The order matters: a job that ends between the two looks has written its status before it vanished.
         alive = self._alive(submission)
+        if alive:
+            self._seen_alive[submission.job_id] = time.time()
         status = exits.read_status(submission.folder, 0) or {}
         seen = Observation(started=status.get("started"), ended=status.get("ended"), nodes=[os.uname().nodename])
         if status.get("state") == "ended":
@@ -72,13 +75,24 @@ class LocalCluster:
             if status["kind"] == "cancelled":
                 seen.state = "CANCELLED"
         elif not alive:
-            seen.state, seen.reason, seen.ended = "LOST", "its process vanished", time.time()
+            seen.state, seen.reason = "LOST", "its process vanished"
+            seen.ended = self._last_sign_of_life(submission, status)
         elif status.get("state") == "running":
             seen.state = "RUNNING"
         else:
             seen.state = "PENDING"
             seen.reason = "for a free GPU or CPU" if status else None
         return seen
+
+    def _last_sign_of_life(self, submission: Submission, status: dict) -> float:
+        """The end of a job that nobody saw end: days may lie between a power cut and the next driver."""
+        started = status.get("started") or submission.record["started"] or submission.record["submitted"] or 0.0
+        paths = [submission.folder, *submission.folder.glob("*"), *([Path(submission.log)] if submission.log else [])]
+        signs = [_modified(path) for path in paths]
+        latest = max(started, self._seen_alive.get(submission.job_id, 0.0), *signs)
+        if started < psutil.boot_time():
+            latest = min(latest, psutil.boot_time())  # what changed a file since then was not the job
+        return min(latest, time.time())
 
     def _alive(self, submission: Submission) -> bool:
         controller = self._controllers.get(submission.job_id)
@@ -118,6 +132,13 @@ def processes(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _belongs(pid: int, folder: Path) -> bool:

@@ -53,9 +53,8 @@ class Progress:
 
     def _rewrite(self, text: str) -> None:
         if text != self._shown:
-            self.stream.write(f"\r\x1b[K{text}")
-            self.stream.flush()
             self._shown = text
+            self._write(f"\r\x1b[K{text}")
 
     def _print(self, lines: dict[str, str]) -> None:
         now = time.monotonic()
@@ -63,7 +62,15 @@ class Progress:
             when, before = self._last.get(name, (float("-inf"), ""))
             if line != before and now - when >= PLAIN_SECONDS:
                 self._last[name] = (now, line)
-                print(line, file=self.stream, flush=True)
+                self._write(f"{line}\n")
+
+    def _write(self, text: str) -> None:
+        """A full disk under a redirected output, or a terminal that is gone, ends the progress and not the run."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.enabled, self._shown = False, ""
 
 
 class _ClearBefore(logging.Filter):

@@ -2,7 +2,7 @@
 
 The words are those of Snakemake's stock slurm executor, where it has one:
 
-    runtime            minutes
+    runtime            minutes; without it the job gets the site's default
     mem_mb             MB on each node
     threads            CPUs of the job's one task on each node (Snakemake's own keyword)
     gpu, gpu_model     GPUs of the whole job, and which
@@ -12,7 +12,6 @@ The words are those of Snakemake's stock slurm executor, where it has one:
     slurm_extra        further sbatch flags, e.g. "--exclude=node7 --mail-type=END"
 """
 
-import re
 import shlex
 from dataclasses import dataclass, field, replace
 
@@ -95,28 +94,51 @@ OWNED = {
             "--open-mode",
             "--output",
             "--parsable",
+            "--quiet",
             "--requeue",
             "--signal",
+            "--test-only",
             "--wait",
             "--wrap",
         ]
     ),
 }
+# Every short option of sbatch; in a script only the long names can be told from each other.
 SHORT = {
     "-A": "--account",
+    "-B": "--extra-node-info",
     "-C": "--constraint",
-    "-c": "--cpus-per-task",
+    "-D": "--chdir",
+    "-F": "--nodefile",
     "-G": "--gpus",
+    "-J": "--job-name",
+    "-L": "--licenses",
+    "-M": "--clusters",
     "-N": "--nodes",
+    "-S": "--core-spec",
+    "-a": "--array",
+    "-b": "--begin",
+    "-c": "--cpus-per-task",
+    "-d": "--dependency",
+    "-e": "--error",
+    "-i": "--input",
+    "-m": "--distribution",
     "-n": "--ntasks",
+    "-o": "--output",
     "-p": "--partition",
     "-q": "--qos",
     "-t": "--time",
-    "-J": "--job-name",
-    "-o": "--output",
-    "-e": "--error",
-    "-D": "--chdir",
-    "-a": "--array",
+    "-w": "--nodelist",
+    "-x": "--exclude",
+}
+SHORT_WITHOUT_VALUE = {
+    "-H": "--hold",
+    "-O": "--overcommit",
+    "-Q": "--quiet",
+    "-W": "--wait",
+    "-k": "--no-kill",
+    "-s": "--oversubscribe",
+    "-v": "--verbose",
 }
 
 
@@ -193,6 +215,8 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
             f"{gpus // nodes * nodes or nodes} or {(gpus // nodes + 1) * nodes} would"
         )
     memory = number("mem_mb", 1, None)
+    extra = extra_flags(rule, word("slurm_extra") or "")
+    exclude = extra.pop("exclude", None)  # kept apart: nodes that fail are added to it
     return Request(
         cpus=max(1, threads),
         memory_mb=memory and max(memory, LEAST_MEMORY_MB),
@@ -205,7 +229,8 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
         qos=word("qos"),
         constraint=word("constraint"),
         gres=gres,
-        extra=extra_flags(rule, word("slurm_extra") or ""),
+        exclude=(str(exclude),) if exclude else (),
+        extra=extra,
     )
 
 
@@ -220,23 +245,37 @@ def gres_gpus(gres: str) -> int:
 
 
 def extra_flags(rule: str, text: str) -> dict[str, str | bool]:
-    """`slurm_extra` as {flag: value}. Raises ValueError on a flag that the plugin sets itself."""
+    """`slurm_extra` as {long flag: value}. Raises ValueError on a flag that the plugin sets itself or cannot pass on."""
+    said = f"rule {rule}: resources.slurm_extra = {text!r}"
     flags: dict[str, str | bool] = {}
     words = shlex.split(text)
     while words:
-        flag, has_value, value = words.pop(0).partition("=")
-        if not flag.startswith("-"):
-            raise ValueError(
-                f"rule {rule}: resources.slurm_extra = {text!r}: {flag!r} is not a flag; write --flag=value"
-            )
-        short = flag[:2] if not flag.startswith("--") else ""
-        long = SHORT.get(short, flag)
+        word = words.pop(0)
+        if not word.startswith("-"):
+            raise ValueError(f"{said}: {word!r} is not a flag; write --flag=value")
+        if word.startswith("--"):
+            flag, has_value, value = word.partition("=")
+            long = flag
+        else:  # -x node7, -xnode7
+            flag, value = word[:2], word[2:].removeprefix("=")
+            has_value = len(word) > 2
+            long = SHORT.get(flag) or SHORT_WITHOUT_VALUE.get(flag, "")
+        if not long:
+            raise ValueError(f"{said}: sbatch has no {flag} that a job could use; write --flag=value")
         if long in OWNED:
             instead = f"use resources.{OWNED[long]}" if OWNED[long] else "the plugin sets it itself"
-            raise ValueError(f"rule {rule}: resources.slurm_extra = {text!r}: {flag} is not allowed: {instead}")
-        if not has_value and words and not words[0].startswith("-"):
-            value, has_value = words.pop(0), "="
-        flags[re.sub("^-+", "", flag)] = value if has_value else True
+            raise ValueError(f"{said}: {flag} is not allowed: {instead}")
+        if not has_value and flag not in SHORT_WITHOUT_VALUE and words and not words[0].startswith("-"):
+            value, has_value = words.pop(0), True
+        if not value and (flag in SHORT or long == "--exclude"):
+            raise ValueError(f"{said}: {flag} has no value; write {long}=value")
+        if value and flag in SHORT_WITHOUT_VALUE:
+            raise ValueError(f"{said}: {flag} takes no value: {value!r}; write each flag apart, in full: {long}")
+        if long == "--exclude" and "/" in value:
+            raise ValueError(
+                f"{said}: {flag} names a file, to which no failed node can be added; write --exclude=node7,node8"
+            )
+        flags[long.removeprefix("--")] = value if has_value else True
     return flags
 
 
@@ -260,12 +299,12 @@ def slurm_parameters(request: Request, name: str, environment: list[str]) -> dic
         "nodes": request.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": request.cpus,
-        "time": request.runtime_minutes,
         "signal_delay_s": min(SIGNAL_SECONDS, 15 * (request.runtime_minutes or SIGNAL_SECONDS)),
         # What the job's own srun calls see must not be what sbatch was told.
         "setup": ["export SLURM_EXPORT_ENV=ALL"],
         "srun_args": task,
         "additional_parameters": extra,
     }
-    # submitit would name a wckey, which not every site takes
-    return {**{key: value for key, value in known.items() if value is not None}, "wckey": None}
+    # Left to itself submitit names a wckey, which not every site takes, and a walltime of 5 minutes.
+    unless_told = {"time": request.runtime_minutes, "wckey": None}
+    return {key: value for key, value in known.items() if value is not None} | unless_told

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,8 @@ def gpu_folder() -> Path:
 def held(count: int, slots: list[str], folder: Path, pause: Callable[[float], None]) -> Iterator[list[str]]:
     """Wait for `count` free ones of `slots` and hold them for the duration of the block; yields the ones received.
 
-    The job at the head of the queue blocks those behind it, so one that needs all of them is not starved by small ones.
+    A job leaves to those that came before it every slot that they may use, so one that needs all of them is not starved by
+    small ones; those who share no slot do not wait for each other.
     `pause(seconds)` is called between tries and may raise to give up. Raises ValueError when there are not as many.
     """
     if count > len(slots):
@@ -41,18 +42,16 @@ def held(count: int, slots: list[str], folder: Path, pause: Callable[[float], No
     locks: dict[str, int] = {}
     try:
         if count:
-            head = _wait(folder / "head", pause)
-            try:
+            with _queued(slots, folder / "queue") as wanted_before_us:
                 while len(locks) < count:
+                    wanted = wanted_before_us()
                     for slot in slots:
-                        if len(locks) < count and slot not in locks:
+                        if len(locks) < count and slot not in locks and slot not in wanted:
                             lock = _try(folder / re.sub(r"[^\w.-]", "_", slot))
                             if lock is not None:
                                 locks[slot] = lock
                     if len(locks) < count:
                         pause(0.2)
-            finally:
-                os.close(head)
         yield list(locks)
     finally:
         for lock in locks.values():
@@ -70,7 +69,40 @@ def _try(path: Path) -> int | None:
     return fd
 
 
-def _wait(path: Path, pause: Callable[[float], None]) -> int:
-    while (lock := _try(path)) is None:
-        pause(0.2)
-    return lock
+@contextmanager
+def _queued(slots: Iterable[str], folder: Path) -> Iterator[Callable[[], set[str]]]:
+    """Stand in the queue; yields a function that says which slots those in front may use.
+
+    A place in it is a numbered file that lists the slots, and is locked for as long as its owner waits.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "door", "a") as door:
+        # One at a time: who takes slots looks only at the numbers before its own, and none of those may come later.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        number = max(_numbers(folder), default=0) + 1
+        place = os.open(folder / str(number), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(place, fcntl.LOCK_EX)
+        os.write(place, "\n".join(slots).encode())
+    try:
+        yield lambda: {slot for before in _numbers(folder) if before < number for slot in _wanted(folder / str(before))}
+    finally:
+        (folder / str(number)).unlink(missing_ok=True)
+        os.close(place)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(name) for name in os.listdir(folder) if name.isdigit()]
+
+
+def _wanted(place: Path) -> list[str]:
+    """The slots of one place in the queue; none, and the place is cleared, when its owner is dead."""
+    try:
+        with open(place, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().splitlines()
+            place.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    return []

@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from . import resources, work
+from .failures import NotReached
 from .job import Allocation
 from .resources import Request
 from .status import Observation, SlurmStatus, by_status_file
@@ -23,7 +25,21 @@ TRANSIENT = re.compile(
     re.IGNORECASE,
 )
 RETRY_SECONDS = (2, 4, 8, 16, 30, 60, 60, 60)
+CANCEL_RETRY_SECONDS = (2, 4, 8)  # less patient: who cancels waits for it
 SCANCEL_BATCH = 500
+ALREADY_OVER = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
+
+# Environment variables of sbatch win over #SBATCH lines. They are named after their option; besides there are, or cannot
+# be together with it:
+VARIABLES = {
+    "array": ("SBATCH_ARRAY_INX",),
+    "cpus-per-task": ("SBATCH_CPUS_PER_GPU", "SBATCH_TRES_PER_TASK"),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "switches": ("SBATCH_REQ_SWITCH", "SBATCH_WAIT4SWITCH"),
+    "time": ("SBATCH_TIMELIMIT",),
+}
+# A stage that asks for no GPU gets none, so their number is settled although no line is written.
+GPU_VARIABLES = ("SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_SOCKET", "SBATCH_GPUS_PER_TASK")
 
 
 class SlurmCluster:
@@ -34,6 +50,7 @@ class SlurmCluster:
     def __init__(self, logger):
         self.logger = logger
         self.status = SlurmStatus(logger.warning)
+        self._told: set[str] = set()
         # Started from inside a job, the driver must not hand that job's SLURM_CPUS_PER_TASK and the like to its own.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]
@@ -47,17 +64,21 @@ class SlurmCluster:
         names = [name for name in resources.ENVIRONMENT if name in os.environ]
         parameters = resources.slurm_parameters(submission.request, name, names)
         parameters["comment"] = submission.folder.name  # finds the job again when sbatch's answer is lost
-        executor = submitit.SlurmExecutor(folder=submission.folder)
+        executor = OwnSlurmExecutor(folder=submission.folder)
         executor._throttling = 0
         executor.update_parameters(**parameters)
+        executor.unset = overriding(executor._make_submission_file_text("", ""), os.environ)
+        self._tell_ignored(executor.unset)
         for delay in (*RETRY_SECONDS, None):
             try:
                 job_id = executor.submit(allocation).job_id
                 break
             except (FailedJobError, FailedSubmissionError) as error:
                 words = _words(str(error))
-                if delay is None or not TRANSIENT.search(words):
+                if not TRANSIENT.search(words):
                     raise ValueError(f"rule {submission.rule}: sbatch refused the job: {words}") from error
+                if delay is None:
+                    raise NotReached(f"rule {submission.rule}: sbatch: {words}") from error
                 self.logger.warning(f"{name}: sbatch: {words}; trying again in {delay} s")
                 time.sleep(delay)
                 job_id = self._find(submission.folder)
@@ -65,6 +86,16 @@ class SlurmCluster:
                     _give_pickle(submission.folder, job_id)
                     break
         submission.record["job_id"] = job_id
+
+    def _tell_ignored(self, names: tuple[str, ...]) -> None:
+        """Say once which variables of the user's sbatch does not get to see."""
+        new = [name for name in names if name not in self._told]
+        self._told |= set(new)
+        if new:
+            self.logger.warning(
+                f"Not passed on to sbatch, where it would override what the jobs ask for: {', '.join(new)}. "
+                "Use the profile's resources instead"
+            )
 
     def _find(self, folder: Path) -> str | None:
         """The id of a job that was accepted although sbatch reported a failure."""
@@ -88,20 +119,88 @@ class SlurmCluster:
         """What the accounting says of these job ids, one observation per run; empty while it does not answer."""
         return self.status.sacct(job_ids, since) or {}
 
-    def cancel(self, submissions: list[Submission]) -> None:
+    def cancel(self, submissions: list[Submission]) -> list[str]:
+        """Cancel these jobs. Returns the ids of those that go on because scancel failed, after saying so to the user.
+
+        Such a job may hold GPUs for as long as its walltime lets it: it is not over, and its record has to stay open.
+        """
         ids = [submission.job_id for submission in submissions]
+        left = []
         for start in range(0, len(ids), SCANCEL_BATCH):
-            for delay in (2, 4, 8, 0):
-                done = subprocess.run(["scancel", *ids[start : start + SCANCEL_BATCH]], capture_output=True, text=True)
-                if done.returncode == 0 or not TRANSIENT.search(done.stderr):
-                    break
-                time.sleep(delay)
+            left += self._scancel(ids[start : start + SCANCEL_BATCH])
+        return left
+
+    def _scancel(self, ids: list[str]) -> list[str]:
+        """One call of scancel, tried again while it may help; the ids that are not cancelled."""
+        for delay in (*CANCEL_RETRY_SECONDS, None):
+            words = _scancel_failure(ids)
+            if delay is None or not words or not TRANSIENT.search(words):
+                break
+            self.logger.warning(f"scancel: {_once(words)}; trying again in {delay} s")
+            time.sleep(delay)
+        left = _not_cancelled(ids, words)
+        if left:
+            self.logger.error(
+                f"{len(left)} of {len(ids)} jobs could not be cancelled and go on: {', '.join(left)}. "
+                f"scancel: {_once(words)}\n  Cancel by hand: scancel {' '.join(left)}"
+            )
+        return left
+
+
+class OwnSlurmExecutor(submitit.SlurmExecutor):
+    """Runs sbatch without the environment variables that would override the job's #SBATCH lines."""
+
+    unset: tuple[str, ...] = ()
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        unset = [word for name in self.unset for word in ("-u", name)]
+        return ["env", *unset, *super()._make_submission_command(submission_file_path)]
+
+
+def overriding(script: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Variables in `environment` that would override the #SBATCH lines of `script`, or what the plugin says by having none.
+
+    One whose option the script does not set is the user's to set: SBATCH_ACCOUNT without slurm_account, SBATCH_QOS without qos.
+    """
+    settled = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE))
+    settled |= {option.removeprefix("--") for option, resource in resources.OWNED.items() if resource is None}
+    names = set(GPU_VARIABLES)
+    for option in settled:
+        names |= {"SBATCH_" + option.upper().replace("-", "_"), *VARIABLES.get(option, ())}
+    if "gpu" in environment.get("SBATCH_GRES", ""):
+        names.add("SBATCH_GRES")
+    return tuple(sorted(names & set(environment)))
+
+
+def _scancel_failure(ids: list[str]) -> str:
+    """Runs scancel; its words where it failed, else nothing."""
+    try:
+        done = subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "no answer within 60 s; try again"
+    except OSError as error:
+        return f"could not be run: {error.strerror}"
+    return "" if done.returncode == 0 else _words(done.stderr or f"exit code {done.returncode}")
+
+
+def _not_cancelled(ids: list[str], words: str) -> list[str]:
+    """Which of these jobs scancel's words leave running: those it names, all where it names none or fails as a whole."""
+    failures = [line for line in words.split("; ") if line and not ALREADY_OVER.search(line)]
+    named = [re.search(r"job id (\d+)", line) for line in failures]
+    if all(named):
+        return [job_id for job_id in ids if job_id in {match.group(1) for match in named}]
+    return ids
+
+
+def _once(words: str) -> str:
+    """scancel's words without the job ids: it says the same of hundreds of jobs."""
+    return "; ".join(dict.fromkeys(re.sub(r"Kill job error on job id \S+: ", "", words).split("; ")))
 
 
 def _words(error: str) -> str:
-    """sbatch's own words out of submitit's message."""
+    """sbatch's own words out of submitit's message, scancel's out of what it printed."""
     lines = [
-        line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in error.splitlines() if line.strip()
+        re.sub(r"^((sbatch|scancel): )?(error: )?", "", line).strip() for line in error.splitlines() if line.strip()
     ]
     said = [line for line in lines if not line.startswith(("Traceback", "subprocess."))]
     return "; ".join(said) or error.strip()

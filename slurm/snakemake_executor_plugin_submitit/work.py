@@ -12,7 +12,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .failures import Decision
 from .resources import Request
+
+KILLED_FOR_MEMORY = re.compile(rb"exceeded memory limit|oom[-_ ]kill|Out Of Memory|Exceeded job memory", re.IGNORECASE)
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Submission:
     last_nodes: list[str] = field(default_factory=list)
     step: int | None = None  # newest training step of the attempts before this one
     notes: dict[str, float] = field(default_factory=dict)  # what was already said to the user, and when
+    again: Decision | None = None  # to submit it again, which the cluster has not accepted yet
 
     @property
     def job_id(self) -> str:
@@ -106,3 +110,14 @@ def last_lines(path: str | os.PathLike | None, count: int, tail_bytes: int = 163
     except OSError:
         return []
     return lines[1 if start else 0 :][-count:]
+
+
+def says_out_of_memory(folder: Path) -> bool:
+    """Whether SLURM wrote into the job's output that it was killed for its memory; only cgroups tell it in the state."""
+    for path in folder.glob("*_log.*"):
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 16384))
+            if KILLED_FOR_MEMORY.search(file.read()):
+                return True
+    return False

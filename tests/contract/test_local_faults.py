@@ -31,7 +31,7 @@ rule train:
 """
 
 
-def start(folder: Path, snakefile: str, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, snakefile: str, *arguments: str, output: str = "driver.log") -> subprocess.Popen:
     (folder / "Snakefile").write_text(snakefile)
     (folder / "trainer.py").write_text(TRAINER)
     command = [
@@ -57,13 +57,13 @@ def start(folder: Path, snakefile: str, *arguments: str) -> subprocess.Popen:
         *arguments,
     ]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    with open(folder / "driver.log", "a") as output:
+    with open(folder / output, "a") as file:
         return subprocess.Popen(
             command,
             cwd=folder,
             env=environment,
-            stdout=output,
-            stderr=output,
+            stdout=file,
+            stderr=file,
             start_new_session=True,
             # Where these tests run in the background of a shell, SIGINT is ignored, and would stay so.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -171,3 +171,22 @@ def test_more_gpus_than_the_machine_has_are_refused_before_anything_runs(tmp_pat
     assert "rule big: resources.gpu = 9: this machine has 2 (0, 1)" in said
     assert "Traceback" not in said
     assert not (tmp_path / "starts").exists()
+
+
+def test_a_full_disk_under_the_drivers_own_output_does_not_stop_the_run(tmp_path):
+    """`nohup snakemake ... > run.log &` and the quota is used up: the driver hung, and never submitted the next job."""
+    two = (
+        TRAIN
+        + """
+rule next:
+    input: rules.train.output
+    output: "out/next"
+    shell: "touch {output}"
+"""
+    )
+    driver = start(tmp_path, two, "out/next", output="/dev/full")
+    try:
+        driver.wait(timeout=60)
+    finally:
+        driver.kill()
+    assert (tmp_path / "out/next").exists()

@@ -30,6 +30,13 @@ def test_a_run_that_is_killed_in_training_goes_on_from_its_checkpoint(checkout):
     assert steps_before
     assert not (results / "base/model.safetensors").exists()
 
+    # A job that is queued again reads its settings anew: what is tried out meanwhile must not reach it.
+    checkout.configure(checkout.settings.replace("depth: 2", "depth: 3"))
+    output = checkout.run(*checkout.snakemake("-n"))
+    assert "goes on with other settings of" in output
+    assert read_json(results / "config/base.json")["model"]["depth"] == 2
+    checkout.configure(checkout.settings)
+
     output = checkout.run(*checkout.make_run())
 
     metrics = read_json(results / "base/metrics.json")

@@ -125,6 +125,10 @@ def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
     write_stage_settings(changed, tmp_path)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"sft.json"}
+    (tmp_path / "mid.json").unlink()
+    assert write_stage_settings(config, tmp_path, keep=True) == ["sft"]
+    assert (tmp_path / "sft.json").stat().st_mtime_ns == after["sft.json"]
+    assert (tmp_path / "mid.json").exists()
 
 
 def test_every_stage_has_the_window_of_the_base_model():

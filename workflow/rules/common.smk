@@ -8,7 +8,9 @@ from nanochat.check import check
 from nanochat.config import TRAINED_STAGES
 from nanochat.config_files import load, write_stage_settings
 from nanochat.errors import UserError
+from snakemake_executor_plugin_submitit.ledger import has_open_jobs
 from snakemake_executor_plugin_submitit.stale_lock import (
+    is_locked,
     record_holder,
     remove_stale_lock,
 )
@@ -19,21 +21,30 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.env
 # Snakemake lists config.yaml last although everything else overlays it.
 files = sorted(workflow.configfiles, key=lambda path: str(path) != "config.yaml")
 
+# `workflow.dryrun` is known only after this file has been read.
+dry_run = bool(workflow.output_settings and workflow.output_settings.dryrun)
+
 try:
     run = load(config, files)
     # Jobs find the files that the driver wrote; they neither check the corpus again nor touch the files.
     if workflow.is_main_process:
         check(run, files)
-        write_stage_settings(run, f"{run.results}/config")
+        if not dry_run:
+            killed = remove_stale_lock()
+            if killed:
+                logger.info(f"The driver with process id {killed} was killed; its lock is removed.")
+        # A job that is queued again reads its settings anew, and those of another training would start it from nothing. So
+        # they stay while another driver works here, and in a dry run while jobs of a dead one go on, which a real one takes over.
+        in_use = is_locked(run.results) or (dry_run and has_open_jobs(f"{run.results}/jobs"))
+        kept = write_stage_settings(run, f"{run.results}/config", keep=in_use)
+        if kept:
+            logger.warning(
+                f"A run of {run.results} goes on with other settings of {', '.join(kept)}: they stay as they are until it ends."
+            )
 except UserError as error:
     # A WorkflowError would wrap the message in places of this file.
     logger.error(str(error))
     sys.exit(2)
-
-if workflow.is_main_process and not workflow.dryrun:
-    killed = remove_stale_lock()
-    if killed:
-        logger.info(f"The driver with process id {killed} was killed; its lock is removed.")
 
 
 def threads_of(stage):

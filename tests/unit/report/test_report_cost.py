@@ -143,6 +143,22 @@ def test_a_replaced_attempt_without_an_end_is_bounded(tmp_path):
     assert (second.end_is, second.seconds) == ("recorded", 50)
 
 
+def test_an_end_that_only_the_job_wrote_down_counts(tmp_path):
+    """The driver was killed; the run it saw ended, and SLURM ran the job again."""
+    writer = Writer(tmp_path / "results")
+    record = writer.job("base", 0, state="RUNNING", gpus=4)
+    start = record["started"]
+    writer.lines("jobs/ledger.jsonl", [{**record, "folder": "results/jobs/base-x"}])
+    ended = {"state": "ended", "kind": "checkpointed", "exit_code": 85, "started": start, "ended": start + 7200}
+    writer.json("jobs/base-x/status-0.json", ended)
+    (first,) = read_attempts(Run(tmp_path / "results"), start + 1e6)
+    assert (first.state, first.end_is, first.seconds) == ("REQUEUED", "recorded", 7200)
+    again = {"state": "ended", "kind": "success", "exit_code": 0, "started": start + 9000, "ended": start + 9060}
+    writer.json("jobs/base-x/status-1.json", again)
+    attempts = read_attempts(Run(tmp_path / "results"), start + 1e6)
+    assert [(one.restart, one.state, one.seconds) for one in attempts] == [(0, "REQUEUED", 7200), (1, "COMPLETED", 60)]
+
+
 def test_a_stage_run_again_counts_the_first_run_as_superseded(tmp_path):
     writer = Writer(tmp_path / "results")
     writer.job("mid", 100, gpus=2)

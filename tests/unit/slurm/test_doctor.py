@@ -88,6 +88,56 @@ def test_what_can_run_is_not(cluster):
     assert [finding for finding in examine(cluster, requests) if finding.level == "fatal"] == []
 
 
+def test_each_of_several_partitions_is_looked_up(cluster):
+    request = Request(partition="gpu,lnog,general", runtime_minutes=60)
+    (fatal,) = [str(finding) for finding in examine(cluster, {"base": request}) if finding.level == "fatal"]
+    assert fatal == (
+        "rule base: slurm_partition = gpu,lnog,general: no such partition as 'lnog': there are gpu, general, old"
+    )
+
+
+def test_a_job_that_one_of_its_partitions_can_run_is_not_refused(cluster):
+    request = Request(partition="general,gpu", runtime_minutes=600, account="lab")
+    findings = examine(cluster, {"base": request})
+    assert [finding.level for finding in findings if finding.level == "fatal"] == []
+    assert any(
+        finding.what.endswith("over the 480 min of partition gpu") and finding.change.endswith("runs on general only")
+        for finding in findings
+    )
+    cluster.config["EnforcePartLimits"] = "ALL"  # then sbatch refuses it
+    assert next(finding.level for finding in examine(cluster, {"base": request})) == "fatal"
+
+
+def test_a_job_that_none_of_its_partitions_can_run_is_refused(cluster):
+    findings = examine(cluster, {"base": Request(partition="gpu,general", cpus=128, runtime_minutes=5)})
+    assert [finding.level for finding in findings].count("fatal") == 2
+
+
+def test_preemption_is_told_of_each_partition(cluster):
+    cluster.partitions["gpu"]["PreemptMode"] = "CANCEL"
+    findings = examine(cluster, {"base": Request(partition="general,gpu", gpus=1, runtime_minutes=5)})
+    assert any(finding.what == "partition gpu: PreemptMode=CANCEL" for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("partition", "words"),
+    [
+        ("gpu", None),  # it has a DefaultTime
+        ("general", "has no default, so the job gets its longest, 2880 min"),
+        ("old", "has no default, so the job gets no limit at all"),
+    ],
+)
+def test_a_missing_runtime_is_told_where_the_site_has_no_default(cluster, partition, words):
+    cluster.partitions["old"]["State"] = "UP"
+    said = [
+        str(finding)
+        for finding in examine(cluster, {"base": Request(partition=partition)})
+        if "no runtime" in finding.what
+    ]
+    assert bool(said) == bool(words)
+    assert not words or words in said[0]
+
+
 def test_a_cpu_stage_on_a_gpu_partition_is_pointed_out(cluster):
     (finding,) = examine(cluster, {"report": Request(partition="gpu", runtime_minutes=5)})
     assert (finding.level, finding.change) == ("warning", "use a CPU partition")

@@ -1,6 +1,8 @@
 """Inside an allocation: true exit codes, signals that reach the trainer, nothing left behind, tokens."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from snakemake_executor_plugin_submitit.exits import read_status
-from snakemake_executor_plugin_submitit.job import Allocation, new_token, newest_step
+from snakemake_executor_plugin_submitit.job import BASH_SETUP, Allocation, new_token, newest_step
 
 START = """
 import json, sys
@@ -81,6 +83,28 @@ def test_the_true_exit_code_is_kept(tmp_path, command, code, kind):
     assert (status["exit_code"], status["kind"], status["state"]) == (code, kind, "ended")
     assert process.returncode == code
     assert status["started"] <= status["ended"]
+
+
+ODD_PATHS = ["a b", "it's", 'a "b"', "$HOME", "`id`", "$(id)", "back\\slash", "a;b & c"]
+
+
+@pytest.mark.parametrize("name", ODD_PATHS)
+def test_bash_keeps_its_exit_code_under_any_path(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    setup, exit_codes = tmp_path / "setup", folder / "exit-codes-0"
+    setup.write_text(BASH_SETUP.format(previous="''", exit_codes=shlex.quote(str(exit_codes))))
+    environment = {**os.environ, "BASH_ENV": str(setup)}
+    done = subprocess.run(["bash", "-c", "exit 85"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, exit_codes.read_text()) == (85, "", "85\n")
+
+
+@pytest.mark.parametrize("name", ["a b", "it's $HOME `id` \\ \""])
+def test_the_true_exit_code_is_kept_under_any_path(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    status = finish(start(folder, "bash -c 'exit 86' || exit 1"), folder)
+    assert (status["exit_code"], status["kind"]) == (86, "cuda_out_of_memory")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])

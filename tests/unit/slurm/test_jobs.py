@@ -1,10 +1,14 @@
 """`nanochat jobs`: a line a job, over all of its attempts; `--follow` survives a new log file."""
 
+import json
 import subprocess
 import sys
+import threading
 import time
 
-from snakemake_executor_plugin_submitit.jobs import table
+import pytest
+from snakemake_executor_plugin_submitit.exits import status_path, write_whole
+from snakemake_executor_plugin_submitit.jobs import follow, table
 from snakemake_executor_plugin_submitit.ledger import append, new_record
 
 JOBS = [sys.executable, "-m", "snakemake_executor_plugin_submitit.jobs"]
@@ -24,6 +28,86 @@ def test_a_job_is_one_line_over_its_attempts():
     assert lines[1].split() == ["base", "7", "RUNNING", "2:00:00", "1", "gpu2", "8.00", "base.log"]
     assert lines[2].startswith("evaluate-sft  8    PENDING (Resources)")
     assert len(table(records, 8600.0, every_attempt=True).splitlines()) == 4
+
+
+def says(folder, restart: int, **known) -> None:
+    """What a job writes of itself."""
+    status = {"state": "ended", "kind": "success", "exit_code": 0, "asked": None, "started": None, "ended": None}
+    write_whole(status_path(folder, restart), json.dumps(status | known))
+
+
+@pytest.mark.parametrize("every_attempt", [False, True])
+def test_a_job_that_ended_without_its_driver_is_counted_to_its_own_end(tmp_path, every_attempt):
+    says(tmp_path, 0, started=1000.0, ended=8200.0)
+    records = [attempt(state="RUNNING", started=1000.0, folder=str(tmp_path))]
+    line = table(records, 1e6, every_attempt).splitlines()[1].split()
+    assert line == ["base", "7", "ENDED", "(success)", "2:00:00", "0", "-", "8.00", "base.log"]
+
+
+def test_runs_that_no_driver_saw_are_counted_once(tmp_path):
+    says(tmp_path, 0, state="running", started=1000.0)  # its node died
+    says(tmp_path, 1, kind="checkpointed", exit_code=85, started=4600.0, ended=8200.0)
+    says(tmp_path, 2, state="running", started=9000.0)
+    lines = table([attempt(state="PENDING", folder=str(tmp_path))], 12600.0).splitlines()
+    assert lines[1].split() == ["base", "7", "RUNNING", "3:00:00", "2", "-", "12.00", "base.log"]
+
+
+def test_following_goes_on_with_the_attempt_that_a_driver_submits_after_an_end(tmp_path, capsys):
+    ledger, log = tmp_path / "ledger.jsonl", tmp_path / "base.log"
+    append(ledger, attempt(state="NODE_FAIL", started=1.0, ended=2.0, log=str(log)))
+
+    def driver():
+        time.sleep(0.5)  # sbatch
+        append(ledger, attempt(job_id="8", state="PENDING", log=str(log)))
+        log.write_text("second attempt\n")
+        append(ledger, attempt(job_id="8", state="COMPLETED", started=3.0, ended=4.0, log=str(log)))
+
+    thread = threading.Thread(target=driver)
+    thread.start()
+    assert follow(ledger, "base", 0.05, successor_seconds=20) == 0
+    thread.join()
+    assert capsys.readouterr().out == "second attempt\n"
+
+
+@pytest.mark.parametrize("known", [{"state": "CANCELLED"}, {"state": "FAILED", "exit_code": 2}])
+def test_following_ends_at_once_where_no_driver_tries_again(tmp_path, known):
+    append(tmp_path / "ledger.jsonl", attempt(started=1.0, ended=2.0, **known))
+    began = time.monotonic()
+    assert follow(tmp_path / "ledger.jsonl", "base", 0.05, successor_seconds=20) == 1
+    assert time.monotonic() - began < 5
+
+
+def test_following_gives_up_when_no_successor_comes(tmp_path, capsys):
+    append(tmp_path / "ledger.jsonl", attempt(state="TIMEOUT", started=1.0, ended=2.0))
+    began = time.monotonic()
+    assert follow(tmp_path / "ledger.jsonl", "base", 0.05, successor_seconds=0.5) == 1
+    assert time.monotonic() - began > 0.5
+    assert capsys.readouterr().err == "[TIMEOUT]\n"
+
+
+@pytest.mark.parametrize(("kind", "code", "result"), [("success", 0, 0), ("user_error", 2, 1), ("program", 1, 1)])
+def test_following_ends_with_the_job_when_its_driver_is_dead(tmp_path, kind, code, result):
+    append(tmp_path / "ledger.jsonl", attempt(cluster="slurm", state="RUNNING", started=1.0, folder=str(tmp_path)))
+    says(tmp_path, 0, kind=kind, exit_code=code, started=1.0, ended=2.0)
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(follow(tmp_path / "ledger.jsonl", "base", 0.05, 0.3)), daemon=True
+    )
+    thread.start()
+    thread.join(10)
+    assert found == [result]
+
+
+def test_following_waits_for_a_requeue_without_a_driver(tmp_path, capsys):
+    append(tmp_path / "ledger.jsonl", attempt(cluster="slurm", state="RUNNING", started=1.0, folder=str(tmp_path)))
+    says(tmp_path, 0, kind="checkpointed", exit_code=85, asked="SIGUSR2", started=1.0, ended=2.0)
+    timer = threading.Timer(1.0, says, [tmp_path, 1], {"started": 300.0, "ended": 400.0})
+    timer.start()
+    assert follow(tmp_path / "ledger.jsonl", "base", 0.05, 0.1) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "[ENDED (checkpointed), SLURM may run it again: waiting]",
+        "[ENDED: success]",
+    ]
 
 
 def test_following_a_log_ends_with_the_job(tmp_path):

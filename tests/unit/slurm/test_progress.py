@@ -44,3 +44,19 @@ def test_a_status_line_is_out_of_the_way_of_messages(tmp_path):
     progress.show([("base", str(log), None, 0.0)])
     logger.error("something happened")
     assert stream.getvalue() == "\r\x1b[Kbase  step 1\r\x1b[Ksomething happened\n"
+
+
+def test_an_output_that_takes_nothing_more_ends_the_progress_and_not_the_run(tmp_path):
+    """A disk that is full for a moment, or a terminal that is gone."""
+
+    class Full(Terminal):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    for terminal in (True, False):
+        stream = Full()
+        stream.isatty = lambda terminal=terminal: terminal
+        progress = Progress(stream=stream)
+        progress.show([("base", None, "waiting: Resources", 0.0)])
+        progress.clear()
+        assert not progress.enabled

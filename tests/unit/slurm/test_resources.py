@@ -49,6 +49,35 @@ def test_every_word_reaches_sbatch():
     assert "--cpus-per-task=16 " in text
 
 
+def test_without_runtime_no_walltime_is_asked_for():
+    assert "--time" not in script({})
+
+
+def test_excluded_nodes_join_those_that_failed():
+    request = read("base", {"slurm_extra": "--exclude=node[7-8,11] --hold"}, 1).without_nodes(["node9"])
+    text = _make_sbatch_string(command="run", folder="/shared/%j", **slurm_parameters(request, "base", ["PATH"]))
+    assert "#SBATCH --exclude='node[7-8,11],node9'\n" in text
+    assert text.count("--exclude") == 1
+    assert "#SBATCH --hold\n" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ("-x node7", "--exclude=node7"),
+        ("-xnode7", "--exclude=node7"),
+        ("-w node7", "--nodelist=node7"),
+        ("-L matlab:2", "--licenses=matlab:2"),
+        ("-d afterok:5", "--dependency=afterok:5"),
+        ("-b now+1hour", "--begin=now+1hour"),
+        ("-S 2", "--core-spec=2"),
+        ("-s -x node7", "--oversubscribe"),
+    ],
+)
+def test_short_flags_reach_sbatch_by_their_long_names(extra, line):
+    assert f"#SBATCH {line}\n" in script({"slurm_extra": extra}).replace("'", "")
+
+
 def test_a_job_without_gpus_asks_for_none():
     text = script({"runtime": 10})
     assert "gpu" not in text
@@ -66,6 +95,13 @@ def test_a_job_without_gpus_asks_for_none():
         ({"slurm_extra": "--time=5"}, "--time is not allowed: use resources.runtime"),
         ({"slurm_extra": "-p gpu"}, "-p is not allowed: use resources.slurm_partition"),
         ({"slurm_extra": "--no-requeue"}, "--no-requeue is not allowed: the plugin sets it itself"),
+        ({"slurm_extra": "-W"}, "-W is not allowed: the plugin sets it itself"),
+        ({"slurm_extra": "-pgpu"}, "-p is not allowed: use resources.slurm_partition"),
+        ({"slurm_extra": "-Z 3"}, "sbatch has no -Z that a job could use; write --flag=value"),
+        ({"slurm_extra": "-w"}, "-w has no value; write --nodelist=value"),
+        ({"slurm_extra": "-x --hold"}, "-x has no value; write --exclude=value"),
+        ({"slurm_extra": "-Hk"}, "-H takes no value: 'k'; write each flag apart, in full: --hold"),
+        ({"slurm_extra": "-x ./nodes"}, "-x names a file, to which no failed node can be added"),
     ],
 )
 def test_contradictions_are_refused(resources, message):

@@ -23,6 +23,17 @@ def holder(folder, count: int, gpus: str, seconds: float) -> subprocess.Popen:
     )
 
 
+def places(folder) -> list[str]:
+    return [path.name for path in (folder / "queue").glob("[0-9]*")]
+
+
+def wait_for_places(folder, count: int) -> None:
+    end = time.monotonic() + 10
+    while len(places(folder)) < count and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(places(folder)) == count
+
+
 def test_two_jobs_get_different_gpus(tmp_path):
     jobs = [holder(tmp_path, 1, "0,1", 1.0) for _ in range(2)]
     assert {job.communicate()[0].strip() for job in jobs} == {"0", "1"}
@@ -37,6 +48,61 @@ def test_a_third_waits_until_one_is_free(tmp_path):
     first.kill()  # the kernel frees what a killed job held
     first.wait()
     assert second.communicate(timeout=10)[0].strip() == "0"
+
+
+def test_a_queue_for_one_gpu_does_not_hold_up_another(tmp_path):
+    """Two drivers, each with its own CUDA_VISIBLE_DEVICES."""
+    first = holder(tmp_path, 1, "0", 30)
+    assert first.stdout.readline().strip() == "0"
+    waiting = holder(tmp_path, 1, "0", 0)
+    wait_for_places(tmp_path, 1)
+    try:
+        assert holder(tmp_path, 1, "1", 0).communicate(timeout=10)[0].strip() == "1"
+        assert holder(tmp_path, 1, "0,1", 0).communicate(timeout=10)[0].strip() == "1"
+        assert waiting.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert waiting.communicate(timeout=10)[0].strip() == "0"
+
+
+def test_whoever_needs_all_is_not_starved_by_small_ones(tmp_path):
+    first = holder(tmp_path, 1, "0,1", 30)
+    assert first.stdout.readline().strip() == "0"
+    large = holder(tmp_path, 2, "0,1", 1.0)
+    wait_for_places(tmp_path, 1)
+    small = holder(tmp_path, 1, "0,1,2", 0)  # what those before it cannot use is free to take
+    assert small.communicate(timeout=10)[0].strip() == "2"
+    small = holder(tmp_path, 1, "1", 0)
+    wait_for_places(tmp_path, 2)
+    first.kill()
+    first.wait()
+    assert large.stdout.readline().strip() == "1,0"
+    assert small.poll() is None
+    assert small.communicate(timeout=10)[0].strip() == "1"
+
+
+def test_whoever_dies_in_the_queue_or_gives_up_blocks_nobody(tmp_path):
+    first = holder(tmp_path, 1, "0", 30)
+    assert first.stdout.readline().strip() == "0"
+    dying = holder(tmp_path, 1, "0,1,2", 30)
+    assert dying.stdout.readline().strip() == "1"
+    large = holder(tmp_path, 2, "0,2", 30)  # holds 2, waits for 0
+    wait_for_places(tmp_path, 1)
+
+    def gives_up(seconds):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), held(1, ["0"], tmp_path, gives_up):
+        pass
+    assert len(places(tmp_path)) == 1
+    large.kill()
+    large.wait()
+    assert holder(tmp_path, 1, "2", 0).communicate(timeout=10)[0].strip() == "2"
+    assert not places(tmp_path)
+    for job in (first, dying):
+        job.kill()
+        job.wait()
 
 
 def test_more_than_there_are_is_refused(tmp_path):

@@ -1,0 +1,105 @@
+"""What the driver makes of a cluster that refuses, or does not answer."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from snakemake_executor_plugin_submitit import ExecutorSettings, driver, exits, ledger, resources, work
+from snakemake_executor_plugin_submitit.failures import NotReached
+from snakemake_executor_plugin_submitit.status import Observation
+
+
+class Cluster:
+    """In place of SLURM: job 100 ends in `state`; later submissions meet `answers`, None for accepted."""
+
+    name = "slurm"
+
+    def __init__(self, state: str, answers: list[ValueError | None]):
+        self.state, self.answers, self.accepted, self.asked = state, answers, 0, []
+        self.cannot_cancel: list[str] = []
+
+    def submit(self, allocation, submission):
+        self.asked.append(submission.request.memory_mb)
+        answer = self.answers.pop(0) if self.accepted else None
+        if answer:
+            raise answer
+        submission.record["job_id"] = str(100 + self.accepted)
+        self.accepted += 1
+
+    def observe(self, submissions):
+        now = time.time()
+        ended = Observation(self.state, started=now - 5, ended=now, nodes=["n1"])
+        return {one.job_id: ended if one.job_id == "100" else Observation("RUNNING") for one in submissions}
+
+    def ended(self, submissions):
+        return {}
+
+    def cancel(self, submissions):
+        return self.cannot_cancel
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A function that submits a job of 256,000 MB to a cluster, and gives driver and submission."""
+    monkeypatch.chdir(tmp_path)
+
+    def submitted(cluster, step=None):
+        made = driver.Driver(ExecutorSettings(cluster="local", folder="jobs"), logging.getLogger("test"), {}, 2)
+        made.cluster, made.poll_seconds = cluster, 0
+        record = ledger.new_record(rule="base", wildcards={}, attempt=1, cluster="slurm", log="base.log", key="k")
+        one = work.Submission(record, resources.Request(memory_mb=256_000), Path(), Path("token"))
+        made._submit(one, "base", "command")
+        if step:
+            exits.write_whole(exits.status_path(one.folder, 0), json.dumps({"state": "running", "step": step}))
+        return made, one
+
+    return submitted
+
+
+REFUSED = ValueError("rule base: sbatch refused the job: Requested node configuration is not available")
+
+
+def test_a_refused_resubmission_ends_the_job_with_the_clusters_words(job):
+    """It was told as 'out of host memory, tried 4 times' after one run, with four times the memory asked for."""
+    cluster = Cluster("OUT_OF_MEMORY", [REFUSED])
+    made, one = job(cluster)
+    outcome = made.look([one])["100"]
+    assert "Requested node configuration is not available" in outcome.message
+    assert outcome.final
+    assert cluster.asked == [256_000, 384_000]
+    assert (one.job_id, one.resubmitted, one.request.memory_mb) == ("100", {}, 256_000)
+
+
+def test_a_cluster_that_does_not_answer_is_asked_again_and_the_job_goes_on(job):
+    """Judged a second time, the same walltime would be one without progress."""
+    cluster = Cluster("TIMEOUT", [NotReached("sbatch: Socket timed out"), NotReached("sbatch: Socket timed out"), None])
+    made, one = job(cluster, step=500)
+    assert made.look([one]) == made.look([one]) == {}
+    assert one.job_id == "100"
+    assert made.look([one]) == {}
+    assert one.job_id == "101"
+    assert (one.step, sum(one.resubmitted.values())) == (500, 1)
+    records = ledger.read_attempts(made.ledger)
+    assert [(record["job_id"], record["state"]) for record in records] == [("100", "TIMEOUT"), ("101", "PENDING")]
+
+
+def test_a_status_that_cannot_be_read_is_none_yet(tmp_path, monkeypatch):
+    def stale(path, *_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert exits.read_status(tmp_path, 0) is None
+
+
+@pytest.mark.parametrize(("cannot", "state"), [([], "CANCELLED"), (["100"], "PENDING")])
+def test_a_job_that_could_not_be_cancelled_stays_open(job, cannot, state):
+    """It runs on and holds its GPUs: the next run adopts it, and accounts for it."""
+    cluster = Cluster("RUNNING", [])
+    made, _ = job(cluster)
+    cluster.cannot_cancel = cannot
+    made.cancel()
+    (record,) = ledger.read_attempts(made.ledger)
+    assert record["state"] == state
+    assert ledger.has_open_jobs(made.folder) == bool(cannot)

@@ -1,0 +1,107 @@
+"""What the plugin hands to sbatch is what SLURM does, and what scancel could not do is not taken for done."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from snakemake_executor_plugin_submitit import ledger, slurm
+from snakemake_executor_plugin_submitit.job import Allocation
+from snakemake_executor_plugin_submitit.resources import read
+from snakemake_executor_plugin_submitit.work import Submission
+
+OVERRIDES = {"SBATCH_PARTITION": "other", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "TERM@1", "SBATCH_NO_REQUEUE": "1"}
+OVERRIDES |= {"SBATCH_EXPORT": "ALL", "SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "0-3", "SBATCH_MEM_PER_CPU": "1"}
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A folder of commands that come before SLURM's own; sbatch there writes down its environment."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    command(folder, "srun", "exit 0")
+    command(folder, "sbatch", f"env > {tmp_path}/environment; echo Submitted batch job 17")
+    monkeypatch.setattr(slurm, "CANCEL_RETRY_SECONDS", (0, 0, 0))
+    return folder
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def submission(folder: Path, job_id: str | None = None, **resources) -> Submission:
+    record = ledger.new_record(rule="base", wildcards={}, job_id=job_id)
+    return Submission(record, read("base", resources, 4), folder / "job", folder / "token")
+
+
+def submit(cluster: slurm.SlurmCluster, folder: Path, **resources) -> set[str]:
+    """Submit a job; the SBATCH_ variables that sbatch saw."""
+    one = submission(folder, **resources)
+    cluster.submit(Allocation("true", str(one.folder), str(folder), str(one.token_file)), one)
+    assert one.job_id == "17"
+    return {line.split("=")[0] for line in (folder / "environment").read_text().splitlines() if "SBATCH_" in line}
+
+
+def test_no_variable_overrides_what_the_job_asks_for(tmp_path, commands, monkeypatch, caplog):
+    for name, value in {**OVERRIDES, "SBATCH_ACCOUNT": "lab", "SBATCH_QOS": "long"}.items():
+        monkeypatch.setenv(name, value)
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    for _ in range(2):
+        seen = submit(cluster, tmp_path, slurm_partition="gpu", runtime=60, mem_mb=1000)
+        assert seen == {"SBATCH_ACCOUNT", "SBATCH_QOS"}
+    (said,) = caplog.messages
+    assert all(name in said for name in OVERRIDES)
+    assert os.environ["SBATCH_PARTITION"] == "other"  # only sbatch does not see it
+    assert submit(cluster, tmp_path, slurm_account="mine", qos="short") == {
+        "SBATCH_PARTITION",
+        "SBATCH_TIMELIMIT",
+        "SBATCH_MEM_PER_CPU",
+    }
+    assert "SBATCH_ACCOUNT, SBATCH_QOS" in caplog.messages[-1]
+
+
+def test_a_stage_without_gpus_gets_none_from_the_environment(tmp_path, commands, monkeypatch):
+    monkeypatch.setenv("SBATCH_GPUS", "2")
+    monkeypatch.setenv("SBATCH_GRES", "gpu:2")
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    assert submit(cluster, tmp_path) == set()
+    monkeypatch.setenv("SBATCH_GRES", "lustre:1")
+    assert submit(cluster, tmp_path) == {"SBATCH_GRES"}
+
+
+UNREACHABLE = "Unable to contact slurm controller (connect failure)"
+ALL = ["17", "18", "19"]
+
+
+@pytest.mark.parametrize(
+    ("script", "left", "calls"),
+    [
+        ("exit 0", [], 1),
+        (f"echo 'scancel: error: {UNREACHABLE}' >&2; exit 1", ALL, 4),
+        ("echo 'scancel: error: Kill job error on job id 18: Access/permission denied' >&2; exit 1", ["18"], 1),
+        ("echo 'scancel: error: Kill job error on job id 17: Invalid job id specified' >&2; exit 1", [], 1),
+        (f'for id; do echo "scancel: error: Kill job error on job id $id: {UNREACHABLE}" >&2; done; exit 3', ALL, 4),
+        ("exit 1", ALL, 1),
+    ],
+)
+def test_what_scancel_could_not_cancel_is_returned_and_said(tmp_path, commands, caplog, script, left, calls):
+    command(commands, "scancel", f"echo >> {tmp_path}/calls; {script}")
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    assert cluster.cancel([submission(tmp_path, job_id) for job_id in ALL]) == left
+    assert (tmp_path / "calls").read_text().count("\n") == calls
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == bool(left)
+    if left:
+        assert f"{len(left)} of 3 jobs could not be cancelled and go on: {', '.join(left)}. scancel: " in said[0]
+        assert said[0].endswith(f"\n  Cancel by hand: scancel {' '.join(left)}")
+        assert said[0].count(UNREACHABLE) == (UNREACHABLE in script)
+
+
+def test_nothing_to_cancel_calls_nothing(tmp_path, commands):
+    command(commands, "scancel", f"touch {tmp_path}/called")
+    assert slurm.SlurmCluster(logging.getLogger("test")).cancel([]) == []
+    assert not (tmp_path / "called").exists()
