@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Settings(BaseModel):
     """Frozen; an unknown key or a wrong type is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Corpus(Settings):
@@ -360,7 +360,7 @@ class Config(Settings):
     results: str = Field(
         "results", min_length=1, description="Folder of everything a run writes, relative to the repository's root."
     )
-    seed: int = Field(1337, ge=0, description="Of the weights, the order of the data and the samples.")
+    seed: int = Field(1337, ge=0, lt=2**32, description="Of the weights, the order of the data and the samples.")
     corpus: Corpus = Field(Corpus(), description="Where the raw text comes from.")
     tokenizer: Tokenizer = Field(Tokenizer(), description="Byte-level BPE.")
     tokens: Tokens = Field(Tokens(), description="Encoding the corpus once, on CPUs.")

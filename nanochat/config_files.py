@@ -157,12 +157,28 @@ def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
         yield ("model", "kv_heads"), model.kv_heads, f"does not divide the {model.heads} heads."
     if config.model.window and "windows" not in model.additions:
         yield ("model", "window"), config.model.window, "has no effect unless model.additions names windows."
+    if problem := _unfit_folder(config.results):
+        yield ("results",), config.results, problem
+    if config.corpus.paths and config.corpus.source != "directory":
+        message = f"not read while corpus.source = {config.corpus.source}, which a profile's settings may say; write directory there."
+        yield ("corpus", "paths"), _flow(config.corpus.paths), message
     if config.corpus.source == "directory" and not config.corpus.paths:
         yield ("corpus", "source"), "directory", "needs a file, a folder or a glob in corpus.paths."
     if config.batch_size.max_device_batch_size < 1:
         yield ("batch_size", "max_device_batch_size"), config.batch_size.max_device_batch_size, "must be at least 1."
     for name in TRAINED_STAGES:
         yield from _stage_conflicts(("train", name), getattr(config.train, name))
+
+
+def _unfit_folder(results: str) -> str | None:
+    """Why this cannot be the folder of a run: it stands in commands and in Snakemake's names of files, as it is."""
+    if results.startswith("~"):
+        return f"write the whole path: {os.path.expanduser(results)}."
+    if not re.fullmatch(r"[\w./@%+=:,-]+", results):
+        return "no spaces and no characters that a shell takes for its own."
+    if os.path.normpath(results) != results:
+        return f"write {os.path.normpath(results)}."
+    return None
 
 
 def _stage_conflicts(path: tuple[str, ...], stage: Stage) -> Iterable[tuple[tuple[str, ...], Any, str]]:
@@ -244,6 +260,7 @@ def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
         "literal_error": f"must be {context.get('expected')}.",
         "too_short": f"needs at least {context.get('min_length')} entry.",
         "string_too_short": "must not be empty.",
+        "finite_number": "must be finite.",
     }
     return f"{shown}: {types.get(kind, error['msg'])}"
 
@@ -312,13 +329,28 @@ def _shown(path: str | Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one place: YAML drops the first one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands there twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>",', ",")
         raise UserError(f"{path}: not valid YAML: {reason}") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: must hold `key: value` lines.")

@@ -23,7 +23,7 @@ def require_installed(names: list[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"train.trackers = {names}: the package {name} is not installed. "
-                f"pip install 'nanochat-slurm[{name}]', or leave it out."
+                f"pip install -e '.[{name}]', or leave it out."
             )
 
 

@@ -316,6 +316,10 @@ class Trainer:
         # Rank 0 decides: another rank may see a shared folder a moment later.
         step = self.world.share(newest.step if newest else None)
         if step is None:
+            if self.world.leads and any(self.checkpoints.glob("step-*")):
+                self.say(
+                    f"{self.checkpoints}: no valid checkpoint of these settings and inputs; training begins at step 1"
+                )
             return
         if newest is None or newest.step != step:
             raise UserError(

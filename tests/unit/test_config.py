@@ -87,6 +87,35 @@ def test_the_file_that_set_the_value_is_named_not_the_one_below_it(tmp_path):
         load({"model": {"depth": 4}, "seed": -1}, [lower, upper])
 
 
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+    """As when an example of the README is added at the end: YAML would drop the first section."""
+    message = error_of(tmp_path, "corpus: {source: bundled}\nseed: 1\ncorpus: {shard_bytes: 5}\n")
+    assert message.startswith("not valid YAML: the key corpus stands there twice, line 3, column 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 18446744073709551616", "seed = 18446744073709551616: must be less than 4294967296."),
+        ("train: {base: {learning_rate_scale: .inf}}", "train.base.learning_rate_scale = .inf: must be finite."),
+        ("results: out/", "results = out/: write out."),
+        ("results: my results", "results = my results: no spaces and no characters that a shell takes for its own."),
+        (
+            "corpus: {source: bundled, paths: [notes/]}",
+            "corpus.paths = [notes/]: not read while corpus.source = bundled",
+        ),
+    ],
+)
+def test_values_that_would_fail_after_queueing_are_refused_before(tmp_path, text, says):
+    assert error_of(tmp_path, text).startswith(says)
+
+
+def test_a_home_folder_is_written_in_full(tmp_path, monkeypatch):
+    """A shell would expand it and Snakemake would not: it made a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert error_of(tmp_path, "results: ~/runs") == "results = ~/runs: write the whole path: /home/somebody/runs."
+
+
 def test_a_file_that_is_no_yaml_is_named(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: [")

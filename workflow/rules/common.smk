@@ -24,6 +24,10 @@ files = sorted(workflow.configfiles, key=lambda path: str(path) != "config.yaml"
 # `workflow.dryrun` is known only after this file has been read.
 dry_run = bool(workflow.output_settings and workflow.output_settings.dryrun)
 
+# What the Hugging Face hub and the trackers want to know, where it is set. Secrets among it: a job gets them through its
+# private folder, not in its environment, which SLURM may keep.
+workflow.register_envvars(*(name for name in os.environ if name == "HF_TOKEN" or name.startswith("WANDB_")))
+
 try:
     run = load(config, files)
     # Jobs find the files that the driver wrote; they neither check the corpus again nor touch the files.
