@@ -292,11 +292,6 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("ALLOC_FAILED", "out of memory"))
 
 
-def is_out_of_host_memory(error: BaseException) -> bool:
-    """torch's allocator on a CPU has no exception of its own."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
 def used_beside_bytes(device: "torch.device") -> int:
     """Memory of a GPU in use but not by this process' caching allocator: context, libraries, other processes. 0 on a CPU."""
     if device.type != "cuda":

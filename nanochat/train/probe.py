@@ -170,6 +170,11 @@ def training_settings(settings: command_settings.PlanSettings, rows: int) -> com
     )
 
 
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """torch's allocator on a CPU has no exception of its own."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def _seconds_of_update(trainer: Trainer, device: torch.device) -> float:
     hardware.synchronize(device)
     started = time.perf_counter()
@@ -193,7 +198,7 @@ def main() -> int:
     try:
         result = measure(settings, task["rows"], task["seconds"])
     except Exception as error:
-        if hardware.is_out_of_gpu_memory(error) or hardware.is_out_of_host_memory(error):
+        if hardware.is_out_of_gpu_memory(error) or is_out_of_host_memory(error):
             return EXIT_OUT_OF_MEMORY
         raise
     print(json.dumps(result))

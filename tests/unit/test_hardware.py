@@ -12,6 +12,7 @@ from nanochat import config, hardware
 from nanochat.errors import UserError
 from nanochat.model.attention import KVCache
 from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import probe
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def test_files_that_were_read_leave_their_memory_to_the_job(tmp_path, monkeypatc
     ],
 )
 def test_what_a_lack_of_memory_looks_like(error, gpu, host):
-    assert (hardware.is_out_of_gpu_memory(error), hardware.is_out_of_host_memory(error)) == (gpu, host)
+    assert (hardware.is_out_of_gpu_memory(error), probe.is_out_of_host_memory(error)) == (gpu, host)
 
 
 def test_flops_of_a_token():
