@@ -334,12 +334,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key, _ in node.value:
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value} stands there twice", key.start_mark
                 )
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if key.value != "<<":
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -274,8 +274,9 @@ def host_memory_bytes() -> int:
             cached = "total_inactive_file"
         if limit is not None and limit < 2**60:
             # Files that were read count as used until the memory is wanted for something else.
-            free = [int(line.split()[1]) for line in _lines(str(folder / "memory.stat")) if line.split()[0] == cached]
-            limits.append(min(limit, max(limit - (used or 0) + sum(free), 0)))
+            stat = _lines(str(folder / "memory.stat"))
+            free = sum(int(line.split()[1]) for line in stat if line.startswith(f"{cached} "))
+            limits.append(min(limit, max(limit - (used or 0) + free, 0)))
     if mebibytes := os.environ.get("SLURM_MEM_PER_NODE"):
         limits.append(int(mebibytes) * 2**20)
     elif mebibytes := os.environ.get("SLURM_MEM_PER_CPU"):

@@ -121,6 +121,9 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
     bad.write_text("model: [")
     with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
         load_files([bad])
+    bad.write_text("[a, b]: 1")  # a list as a key
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        load_files([bad])
 
 
 def test_config_yaml_explains_every_key_and_holds_the_defaults():
