@@ -119,7 +119,11 @@ def scores(run: Run, numbers: Numbers) -> None:
         for stage, found in by_stage.items():
             task, device, method = found.get(name, {}), text(contents[stage].get("device")), f"evaluate/{stage}.json"
             score = number(task.get("score"))
-            numbers.add("scores", name, stage, score, unit, device=device, method=method, missing="not scored")
+            ends = task.get("interval") if isinstance(task.get("interval"), list) else []
+            ends = [number(end) for end in ends]
+            around = ends if len(ends) == 2 and None not in ends else None
+            about = {"device": device, "method": method, "missing": "not scored"}
+            numbers.add("scores", name, stage, score, unit, **about, interval=around)
             centred = next((task[key] for key in CENTRED if key in task), None)
             if centred is not None:
                 numbers.add(

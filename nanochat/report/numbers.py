@@ -30,13 +30,19 @@ class Numbers:
         device: str | None = None,
         method: str | None = None,
         missing: str | None = None,
+        interval: list[float] | None = None,
     ) -> None:
-        """Add one number or text. A value that is None, NaN or infinite is kept as null, with its reason."""
+        """Add one number or text. A value that is None, NaN or infinite is kept as null, with its reason.
+
+        interval  lower and upper end of what the value may be, in its unit
+        """
         value = tidy(value)
         if value is None and missing is None:
             missing = "not recorded"
         entry = {"section": section, "row": row, "key": key, "value": value, "unit": unit}
         entry |= {"device": device, "method": method}
+        if interval:
+            entry["interval"] = tidy(interval)
         self.entries.append(entry if value is not None else entry | {"missing": missing})
 
 
@@ -73,6 +79,15 @@ def show(entry: Entry | None) -> str:
     if unit in FORMATS:
         return FORMATS[unit](value)
     return f"{value:,.2f} {unit}"  # any other unit is a currency
+
+
+def show_with_interval(entry: Entry | None) -> str:
+    """`41.2% (38.0 to 44.5%)`; as `show` where there is no interval."""
+    shown = show(entry)
+    if not entry or entry.get("value") is None or not entry.get("interval"):
+        return shown
+    low, high = (show(entry | {"value": end}) for end in entry["interval"])
+    return f"{shown} ({low.removesuffix('%')} to {high})"
 
 
 def amount(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nanochat.report.numbers import DASH, show
+from nanochat.report.numbers import DASH, show, show_with_interval
 from nanochat.report.words import TITLES, WORDS
 
 
@@ -46,7 +46,7 @@ class Report:
             entries += zip(columns, found, strict=True)
             shown = [
                 WORDS.get(cell, cell) if key == "case" else cell
-                for key, cell in zip(columns, map(show, found), strict=True)
+                for key, cell in zip(columns, map(show_with_interval, found), strict=True)
             ]
             lines.append([*([WORDS.get(row, row)] if head else []), *shown])
         right = [*([False] if head else []), *(self._is_number(section, key) for key in columns)]

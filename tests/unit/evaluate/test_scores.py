@@ -10,7 +10,7 @@ from nanochat.data.heldout import ChoiceItem, ClozeItem
 from nanochat.data.token_shards import TokenShards
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.evaluate.held_out_tasks import cloze, keep_end, multiple_choice
-from nanochat.evaluate.scores import centred
+from nanochat.evaluate.scores import centred, interval
 from nanochat.infer.engine import Engine
 
 
@@ -109,6 +109,17 @@ def test_a_shortened_context_keeps_its_opening_and_its_end(length, head, most):
     assert kept[:head] == ids[:head]
     assert kept[-1] == ids[-1]
     assert kept == sorted(set(kept))
+
+
+def test_the_interval_is_where_the_score_is_not_surprising():
+    """Its ends are the shares p for which the score lies 1.96 standard deviations of p away: what Wilson solved for."""
+    for right, items in ((0, 5), (5, 5), (3, 200), (61, 164), (1, 2)):
+        score = right / items
+        low, high = interval(score, items)
+        assert 0 <= low <= score <= high <= 1
+        for end in (low, high):
+            if 0 < end < 1:
+                assert abs(score - end) == pytest.approx(1.95996 * math.sqrt(end * (1 - end) / items), rel=1e-4)
 
 
 def test_centred_scores():

@@ -111,6 +111,21 @@ def test_what_a_supervisor_asks_for_is_there(run):
         assert f"](figures/{figure}.png)" in text
 
 
+def test_a_score_has_its_interval_and_a_loss_has_none(run):
+    rows = {row[0]: row for row in cells(page(run[0]))}
+    assert "34.0% (30.1 to 37.9%)" in rows["Multiple choice"]
+    assert not [cell for cell in rows["Bits per byte (held-out)"] if "(" in cell and "held-out" not in cell]
+    assert "34.0% (chance" in page(run[0]) or "39.0% (chance" in page(run[0])  # the headline has the score alone
+
+
+def test_a_smoothed_curve_keeps_a_line_and_does_not_end_in_a_single_value():
+    line = [3 - 0.01 * i for i in range(200)]
+    assert figures._smooth(line, 5) == pytest.approx(line)
+    with_a_spike = [*line[:-1], line[-1] + 1]
+    assert figures._smooth(with_a_spike, 5)[-1] - line[-1] < 0.35
+    assert figures._smooth(line[:7], 5) == pytest.approx(line[:7])
+
+
 def test_decoding_says_what_was_not_measured_and_what_no_row_holds(run):
     text = page(run[0])
     assert "Not measured: vllm is not installed." in text
