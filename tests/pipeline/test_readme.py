@@ -1,5 +1,6 @@
 """What the README shows is true: its commands run, its settings load, its error is what a user would read."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from nanochat.config_files import load_files
 from nanochat.errors import UserError
+from nanochat.report.render import render
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -61,3 +63,13 @@ def test_the_error_shown_is_the_error_given(tmp_path, monkeypatch):
 def test_every_file_named_exists():
     for name in re.findall(r"`((?:profiles|docs|workflow|tests|slurm|nanochat)/[\w/.-]*)`", README):
         assert (REPOSITORY / name).exists(), name
+
+
+def test_the_example_run_is_a_report_as_this_code_writes_it_of_settings_that_it_takes():
+    """After a change of the template: write what `render` makes of the example's report.json to its report.md."""
+    example = REPOSITORY / "docs/example-h100"
+    page = (example / "report.md").read_text()
+    assert render(json.loads((example / "report.json").read_text())) == page
+    for figure in re.findall(r"]\((figures/\w+\.png)\)", page):
+        assert (example / figure).is_file()
+    load_files([str(REPOSITORY / "config.yaml"), str(example / "settings.yaml")])
