@@ -1,6 +1,6 @@
 """What each command receives, cut out of the settings of a run: a stage depends on its own and nothing global."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,7 @@ class TokenizerSettings(Settings):
 
 
 class TokensSettings(Settings):
+    neutral: ClassVar = {"tokens": {"workers"}}
     tokens: Tokens
 
 
@@ -46,6 +47,7 @@ class ConversationsSettings(Settings):
 class PlanSettings(Settings):
     """Only what decides how much memory and time a micro-batch takes."""
 
+    neutral: ClassVar = {"batch_size": {"cache", "probe_timeout_seconds"}}
     stage: Literal["base", "mid", "sft"]
     model: Model
     vocab_size: int
@@ -60,6 +62,22 @@ class PlanSettings(Settings):
 
 
 class TrainingSettings(Settings):
+    # A run may go on from a checkpoint that was made with others, and a finished one stays as it is.
+    neutral: ClassVar = {
+        "compile": True,
+        "on_nonfinite": True,
+        "trackers": True,
+        "train": {
+            "gpus",
+            "nodes",
+            "device_batch_size",
+            "validate_every_steps",
+            "validation_tokens",
+            "checkpoint_every_seconds",
+            "keep_checkpoints",
+            "profile_steps",
+        },
+    }
     stage: Literal["base", "mid", "sft"]
     seed: int
     model: Model
@@ -106,6 +124,7 @@ class EvaluationSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
+    neutral: ClassVar = {"benchmark": {"names"}}  # each benchmark is a job of its own
     seed: int
     model: Model
     vocab_size: int

@@ -5,13 +5,16 @@ workflow too (`nanochat schema`). A stage does not see the whole: `command_setti
 workflow writes it to `results/config/<stage>.json`, and a change of that file is what makes the stage run again.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
 ADDITIONS = ("value_embeddings", "smear", "windows")
+ROTARY_REACH = (
+    8  # positions that a model has, as a multiple of the length it is trained on: a chat may grow beyond a row
+)
 WINDOW_PARTS = 4  # a window is one of so many parts of the length that the base model trains on
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -22,6 +25,13 @@ class Settings(BaseModel):
     """Frozen; an unknown key or a wrong type is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[
+        dict[str, Any]
+    ] = {}  # keys that decide how the work goes and not what comes of it; nested as the settings are
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings, as JSON, without the neutral ones: where these are the same, so is the result."""
+        return self.model_dump(mode="json", exclude=self.neutral)
 
 
 class Corpus(Settings):

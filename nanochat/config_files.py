@@ -5,6 +5,7 @@ what would be right.
 """
 
 import difflib
+import hashlib
 import os
 import re
 import textwrap
@@ -17,11 +18,20 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nanochat.command_settings import stage_settings
-from nanochat.config import TRAINED_STAGES, Base, Config, Settings, Stage
+from nanochat.config import ROTARY_REACH, TRAINED_STAGES, Base, Config, Settings, Stage
 from nanochat.errors import UserError
-from nanochat.files import write_text
+from nanochat.files import whole_file, write_text
 
 COMMAND_LINE = "--config"
+DEFAULTS = (
+    "# Settings of a run; this file is the full-size one for A100s. Every key may be left out, its value here is the default.\n"
+    "# profiles/local/settings.yaml overlays it with a model that a laptop trains in minutes.\n"
+    "# A stage runs again when one of its own keys changes, and then what depends on it; keys that change only how it runs\n"
+    "# (GPUs, checkpoints, trackers, ...) leave what is finished. Comments change nothing.\n\n"
+)
+OF_A_RUN = (
+    "# All settings of a run, as its driver merged them: what its jobs read, whatever config.yaml says by then.\n\n"
+)
 
 
 def load(values: dict[str, Any], files: Iterable[str | Path] = ()) -> Config:
@@ -72,6 +82,8 @@ def require_writable(folder: str | Path) -> None:
 def write_stage_settings(config: Config, folder: str | Path, keep: bool = False) -> list[str]:
     """Write `<stage>.json` for every stage; a file whose content would not change is left alone, and so is its mtime.
 
+    Where only neutral settings change, the mtime stays too: Snakemake would delete what is finished, and make the same again.
+
     keep     leave what is there as it is, and write only what is missing: a job that runs reads its file anew when it is restarted
     returns  the stages whose files have stayed what they were and should not have
     """
@@ -83,17 +95,33 @@ def write_stage_settings(config: Config, folder: str | Path, keep: bool = False)
         if there is not None and there != content and keep:
             kept.append(name)
         elif there != content:
-            write_text(path, content)
+            with whole_file(path) as temporary:
+                temporary.write_text(content)
+                if there is not None and _decides_as(settings, there):
+                    before = path.stat().st_mtime_ns
+                    os.utime(temporary, ns=(before, before))
     return kept
 
 
-def render_yaml(config: Config) -> str:
+def _decides_as(settings: Settings, text: str) -> bool:
+    """Whether the settings in `text` give the same result."""
+    try:
+        return type(settings).model_validate_json(text).decisive() == settings.decisive()
+    except ValidationError:
+        return False
+
+
+def write_run_settings(config: Config, folder: str | Path) -> Path:
+    """Write `run-<digest>.yaml`, all settings, and return its absolute path. Another run's file stays: its jobs may read it."""
+    content = render_yaml(config, OF_A_RUN)
+    path = Path(folder).absolute() / f"run-{hashlib.sha256(content.encode()).hexdigest()[:12]}.yaml"
+    if not path.exists():
+        write_text(path, content)
+    return path
+
+
+def render_yaml(config: Config, header: str = DEFAULTS) -> str:
     """`config.yaml` with every key explained by its description."""
-    header = (
-        "# Settings of a run; this file is the full-size one for A100s. Every key may be left out, its value here is the default.\n"
-        "# profiles/local/settings.yaml overlays it with a model that a laptop trains in minutes.\n"
-        "# A stage runs again when one of its own keys changes, and then what depends on it. Comments change nothing.\n\n"
-    )
     return header + "\n".join(_render(config, indent=0)).strip() + "\n"
 
 
@@ -166,6 +194,10 @@ def _conflicts(config: Config) -> Iterable[tuple[tuple[str, ...], Any, str]]:
         yield ("corpus", "source"), "directory", "needs a file, a folder or a glob in corpus.paths."
     if config.batch_size.max_device_batch_size < 1:
         yield ("batch_size", "max_device_batch_size"), config.batch_size.max_device_batch_size, "must be at least 1."
+    benchmark, reach = config.benchmark, ROTARY_REACH * config.train.base.sequence_length
+    if "kv_cache" in benchmark.names and benchmark.prompt_tokens + benchmark.new_tokens > reach:
+        message = f"with prompt_tokens = {benchmark.prompt_tokens} more than the {reach} positions of the model, {ROTARY_REACH} x train.base.sequence_length."
+        yield ("benchmark", "new_tokens"), benchmark.new_tokens, message
     for name in TRAINED_STAGES:
         yield from _stage_conflicts(("train", name), getattr(config.train, name))
 
@@ -232,17 +264,19 @@ def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
         similar = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-        elsewhere = [".".join(found) for found in _all_keys() if found[-1] == path[-1]]
+        elsewhere = [found for found in _all_keys() if found[-1] == path[-1]]
+        # train.sft.steps was meant for sft, although only base has steps.
+        meant_here = any(found[:-2] == path[:-2] for found in elsewhere) and len(path) > 2
         if similar:
             hint = f"Did you mean {'.'.join((*path[:-1], similar[0]))}?"
-        elif elsewhere:
-            hint = f"Did you mean {elsewhere[0]}?"
+        elif elsewhere and not meant_here:
+            hint = f"Did you mean {'.'.join(elsewhere[0])}?"
         else:
             hint = f"Known here: {', '.join(known)}."
         return f"{where}: no such setting. {hint}"
     if kind == "missing":
         return f"{where}: missing. It is required."
-    shown = f"{where} = {_flow(value)}" if not isinstance(value, dict) else where
+    shown = f"{where} = {_flow(value) or '(empty)'}" if not isinstance(value, dict) else where
     types = {
         "int_type": "not a whole number.",
         "float_type": "not a number."

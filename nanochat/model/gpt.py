@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanochat.config import Model, window_of
+from nanochat.config import ROTARY_REACH, Model, window_of
 from nanochat.errors import UserError
 from nanochat.model.additions import Smear, before
 from nanochat.model.attention import Attention, KVCache, rotary_table
@@ -22,9 +22,6 @@ from nanochat.model.loss import softcapped_logits, summed_loss, token_losses
 
 if HAS_TRITON:
     from nanochat.model.fused_mlp import FusedMLP
-
-# Positions the rotary table holds, as a multiple of the training length: a chat may grow beyond a training row.
-ROTARY_REACH = 8
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ FAILED = ("FAILED", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEA
 FINAL = ("COMPLETED", *INTERRUPTED[:3], *FAILED)
 
 # Rules with a wildcard, and the target that a user knows them by.
-TARGETS = {"batch_size_plan": "batch_size", "evaluate_stage": "evaluate", "run_benchmark": "benchmark"}
+TARGETS = {
+    "batch_size_plan": "batch_size",
+    "make_conversations": "conversations",
+    "evaluate_stage": "evaluate",
+    "run_benchmark": "benchmark",
+}
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,7 @@ from nanochat.train.trainer import NonFinite, Trainer
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 EXIT_STOPPED, EXIT_OUT_OF_MEMORY, EXIT_NONFINITE, EXIT_SUPERSEDED = 85, 86, 87, 88
 PEERS_SECONDS = 2.0
-
-# Settings that do not change what is computed: a run may go on from a checkpoint that was made with others.
-NEUTRAL_SETTINGS = {"compile", "on_nonfinite", "trackers"}
-NEUTRAL_TRAIN_SETTINGS = {
-    "gpus",
-    "nodes",
-    "device_batch_size",
-    "validate_every_steps",
-    "validation_tokens",
-    "checkpoint_every_seconds",
-    "keep_checkpoints",
-    "profile_steps",
-}
+FEW_STEPS = 10  # so few are hardly a training: the learning rate barely comes down
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +130,8 @@ def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namesp
         f"{steps:,} steps of {train.tokens_per_step:,} tokens, {batches['device_batch_size']} rows a micro-batch, "
         f"{str(model.compute_dtype).removeprefix('torch.')} on {ranks.size} x {hardware.device_name(ranks.device)}"
     )
+    for remark in _remarks(settings, steps, inputs.loader.rows_per_epoch * train.sequence_length):
+        tell(remark)
     trainer = Trainer(
         settings,
         ranks,
@@ -264,11 +254,24 @@ def _steps(settings: command_settings.TrainingSettings, model: GPT, loader: Step
     return max(1, math.ceil(train.epochs * loader.rows_per_epoch / loader.rows_per_step))
 
 
+def _remarks(settings: command_settings.TrainingSettings, steps: int, epoch_tokens: int) -> list[str]:
+    """What is allowed, and probably not meant."""
+    train, key, found = settings.train, f"train.{settings.stage}", []
+    if isinstance(train, config.ChatStage) and steps < FEW_STEPS:
+        found.append(
+            f"only {steps} step{'s' * (steps > 1)}: an epoch of {key}.mixture has {epoch_tokens:,} tokens, a step takes "
+            f"{train.tokens_per_step:,}. More conversations, more epochs or a smaller tokens_per_step give more"
+        )
+    if train.profile_steps and train.profile_steps[0] > steps:
+        found.append(
+            f"{key}.profile_steps = {train.profile_steps}: the training ends at step {steps:,}, nothing is traced"
+        )
+    return found
+
+
 def _fingerprint(settings: command_settings.TrainingSettings, checksums: dict[str, Any]) -> str:
     """Digest of all that decides the weights. Neither the ranks nor the micro-batch are in it: they change only rounding."""
-    decisive = settings.model_dump(mode="json", exclude=NEUTRAL_SETTINGS | {"train"})
-    decisive["train"] = settings.train.model_dump(mode="json", exclude=NEUTRAL_TRAIN_SETTINGS)
-    text = json.dumps({"settings": decisive, "inputs": checksums}, sort_keys=True)
+    text = json.dumps({"settings": settings.decisive(), "inputs": checksums}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -103,6 +103,20 @@ def test_a_comment_or_another_formatting_changes_nothing(checkout):
     assert "Nothing to be done" in checkout.run(*checkout.snakemake("-n"))
 
 
+def test_what_decides_only_how_a_stage_runs_leaves_what_is_finished(checkout):
+    settings = checkout.settings.replace("train:\n", "train:\n  trackers: [tensorboard]\n")
+    settings = settings.replace("checkpoint_every_seconds: 1.0", "checkpoint_every_seconds: 9.0")
+    checkout.configure(settings)
+    assert "Nothing to be done" in checkout.run(*checkout.snakemake("-n"))
+    fewer = settings.replace("{gpus: 0, steps: 2,", "{names: [training], gpus: 0, steps: 2,")
+    checkout.configure(fewer)
+    assert jobs_of(checkout.run(*checkout.snakemake("-n"))) == {"report"}
+    checkout.configure(settings.replace('cache: ""', 'cache: "", margin: 0.2'))
+    assert jobs_of(checkout.run(*checkout.snakemake("-n"))) == {"batch_size_plan", "run_benchmark", "report"}
+    checkout.configure(checkout.settings)
+    assert "Nothing to be done" in checkout.run(*checkout.snakemake("-n"))
+
+
 def test_a_key_of_sft_reruns_sft_and_what_depends_on_it(checkout):
     untouched = {
         path: path.stat().st_mtime_ns
@@ -144,6 +158,19 @@ def test_stages_run_by_hand_with_the_command_of_the_rule(checkout):
     before = (checkout.folder / "results/base/metrics.json").read_text()
     checkout.run("bash", "-c", command)
     assert (checkout.folder / "results/base/metrics.json").read_text() == before
+
+
+def test_a_run_keeps_the_settings_that_it_began_with(fresh_checkout):
+    """config.yaml is edited for the next run, to something that cannot even be read, while the first job runs."""
+    ledger = fresh_checkout.folder / "results/jobs/ledger.jsonl"
+    process = fresh_checkout.start(*fresh_checkout.snakemake("tokens"))
+    fresh_checkout.wait_for(ledger.exists, process)
+    (fresh_checkout.folder / "config.yaml").write_text("results: elsewhere\nmodel: {depth: [\n")
+    fresh_checkout.configure("tokenizer: {vocab_sise: 3}\n")
+    code, output = fresh_checkout.finish(process)
+    assert code == 0, output[-6000:]
+    assert read_json(fresh_checkout.folder / "results/tokens/metrics.json")["vocab_size"] == 512
+    assert not (fresh_checkout.folder / "elsewhere").exists()
 
 
 def test_another_results_folder_holds_the_jobs_too(checkout):

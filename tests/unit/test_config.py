@@ -1,6 +1,7 @@
 """Settings: one definition, errors that name file, key and value, one file a stage."""
 
 import json
+import os
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from nanochat.command_settings import stage_settings
 from nanochat.config import Base, Config, Model
-from nanochat.config_files import load, load_files, render_yaml, require_writable, write_stage_settings
+from nanochat.config_files import (
+    load,
+    load_files,
+    render_yaml,
+    require_writable,
+    write_run_settings,
+    write_stage_settings,
+)
 from nanochat.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -163,6 +171,62 @@ def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
     assert (tmp_path / "mid.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"train": {"sft": {"steps": 3}}}, r"train\.sft\.steps: no such setting\. Known here: .*epochs"),
+        ({"model": {"steps": 3}}, r"Did you mean train\.base\.steps\?"),
+        ({"corpus": {"paths": None}}, r"corpus\.paths = \(empty\): not a list"),
+        ({"benchmark": {"new_tokens": 20_000}}, r"new_tokens = 20000: .* 16384 positions"),
+    ],
+)
+def test_an_error_says_what_would_be_right(values, words):
+    with pytest.raises(UserError, match=words):
+        load(values)
+
+
+def test_a_neutral_setting_is_written_and_makes_no_stage_run_again(tmp_path):
+    """Snakemake goes by the mtime: what is finished stays, what is not reads the new value."""
+    write_stage_settings(load({}), tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    how = {"train": {"trackers": ["tensorboard"], "base": {"keep_checkpoints": 7}}, "tokens": {"workers": 3}}
+    write_stage_settings(load(how | {"benchmark": {"names": ["training"]}}), tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert json.loads((tmp_path / "base.json").read_text())["train"]["keep_checkpoints"] == 7
+    assert json.loads((tmp_path / "benchmark.json").read_text())["benchmark"]["names"] == ["training"]
+    write_stage_settings(load(how | {"benchmark": {"steps": 3}}), tmp_path)
+    assert (tmp_path / "benchmark.json").stat().st_mtime_ns > before["benchmark.json"]
+
+
+def test_what_stands_there_of_another_version_counts_as_changed(tmp_path):
+    for text in ("{}", "no JSON", '{"tokens": {"workers": 0, "a_key_that_was": 1}}'):
+        (tmp_path / "tokens.json").write_text(text)
+        os.utime(tmp_path / "tokens.json", ns=(1, 1))
+        write_stage_settings(load({}), tmp_path)
+        assert (tmp_path / "tokens.json").stat().st_mtime_ns > 1
+
+
+def test_neutral_settings_are_settings():
+    """pydantic takes no offence at a name to leave out that is not there."""
+
+    def names(neutral, content):
+        for name in neutral:
+            assert name in content, name
+            if isinstance(neutral, dict) and neutral[name] is not True:
+                names(neutral[name], content[name])
+
+    for settings in stage_settings(Config()).values():
+        names(settings.neutral, settings.model_dump())
+
+
+def test_the_settings_of_a_run_are_all_of_them(tmp_path):
+    config = load({"seed": 3, "train": {"sft": {"epochs": 2.0, "device_batch_size": None}}, "results": "here"})
+    path = write_run_settings(config, tmp_path)
+    assert load_files([path]) == config
+    assert write_run_settings(config, tmp_path) == path
+    assert write_run_settings(load({}), tmp_path) != path
+
+
 def test_every_stage_has_the_window_of_the_base_model():
     chat, base = {"sequence_length": 4096}, {"sequence_length": 1024}
     every = stage_settings(load({"train": {"base": base, "mid": chat, "sft": chat}}))
@@ -194,8 +258,7 @@ def test_one_dial_gives_whole_heads(depth, head_dim):
 @given(rows=st.integers(1, 1000), length=st.integers(16, 4096), gpus=st.integers(0, 8))
 def test_any_multiple_of_rows_is_a_step(rows, length, gpus):
     base = Base(sequence_length=length, gpus=gpus, tokens_per_step=rows * length * max(1, gpus))
-    config = Config()
-    load(config.model_copy(update={"train": config.train.model_copy(update={"base": base})}).model_dump())
+    load({"train": {"base": base.model_dump()}, "benchmark": {"prompt_tokens": 8, "new_tokens": 8}})
 
 
 def test_a_results_folder_that_is_not_writable_is_named(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanochat.check import check
 from nanochat.config import TRAINED_STAGES
-from nanochat.config_files import load, write_stage_settings
+from nanochat.config_files import load, write_run_settings, write_stage_settings
 from nanochat.errors import UserError
 from snakemake_executor_plugin_submitit.ledger import has_open_jobs
 from snakemake_executor_plugin_submitit.stale_lock import (
@@ -45,6 +45,8 @@ try:
             logger.warning(
                 f"A run of {run.results} goes on with other settings of {', '.join(kept)}: they stay as they are until it ends."
             )
+        if not dry_run:
+            workflow.config_settings.configfiles = [write_run_settings(run, f"{run.results}/config")]
 except UserError as error:
     # A WorkflowError would wrap the message in places of this file.
     logger.error(str(error))

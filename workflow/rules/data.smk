@@ -15,7 +15,7 @@ rule corpus:
         "nanochat corpus --config {input.config} --out {params.folder} > {log} 2>&1"
 
 
-rule conversations:
+rule make_conversations:
     """The conversations of mid or sft, made and encoded."""
     input:
         config="<results>/config/conversations_{stage}.json",
@@ -35,3 +35,9 @@ rule conversations:
     shell:
         "nanochat conversations --config {input.config} --corpus {params.corpus} --tokenizer {params.tokenizer}"
         " --out {params.folder} > {log} 2>&1"
+
+
+rule conversations:
+    """The conversations of both."""
+    input:
+        expand("<results>/conversations/{stage}/metrics.json", stage=("mid", "sft")),

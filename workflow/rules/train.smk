@@ -1,12 +1,14 @@
 # Checkpoints and log.jsonl are no outputs: Snakemake deletes declared outputs at each attempt, and a killed or requeued
 # job must go on from its newest valid checkpoint.
+#
+# A plan decides how fast a stage trains, not what comes of it: a newer one (`ancient`) leaves a finished stage alone.
 
 
 rule base:
     """Pretraining."""
     input:
         config="<results>/config/base.json",
-        plan="<results>/batch_size/base.json",
+        plan=ancient("<results>/batch_size/base.json"),
         tokens="<results>/tokens/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
     output:
@@ -39,7 +41,7 @@ rule mid:
     """Midtraining: the chat format, multiple choice and tool use, from the base model."""
     input:
         config="<results>/config/mid.json",
-        plan="<results>/batch_size/mid.json",
+        plan=ancient("<results>/batch_size/mid.json"),
         model="<results>/base/model.safetensors",
         conversations="<results>/conversations/mid/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
@@ -74,7 +76,7 @@ rule sft:
     """Supervised finetuning on conversations, from the midtrained model."""
     input:
         config="<results>/config/sft.json",
-        plan="<results>/batch_size/sft.json",
+        plan=ancient("<results>/batch_size/sft.json"),
         model="<results>/mid/model.safetensors",
         conversations="<results>/conversations/sft/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",

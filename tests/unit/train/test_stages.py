@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from training_support import child_pids, files_equal, finish, losses, metrics, start_base, wait_for, write_run
 
+from nanochat.command_settings import stage_settings
+from nanochat.config_files import load
 from nanochat.errors import UserError
 from nanochat.files import read_json, write_json
 from nanochat.train import checkpoint, plan, stages
@@ -70,6 +72,14 @@ def test_changed_settings_train_anew(tmp_path, monkeypatch):
     assert run_here(arguments, monkeypatch) == 0
     assert metrics(arguments)["loss_last"] != before
     assert not Path(arguments["--checkpoints"]).exists()
+
+
+def test_what_is_probably_not_meant_is_said():
+    every = stage_settings(load({"train": {"sft": {"profile_steps": [20, 22]}}}))
+    few, late = stages._remarks(every["sft"], 1, 30_000)
+    assert "only 1 step: an epoch of train.sft.mixture has 30,000 tokens, a step takes 65,536" in few
+    assert "train.sft.profile_steps = [20, 22]: the training ends at step 1" in late
+    assert stages._remarks(every["sft"], 200, 9_000_000) == stages._remarks(every["base"], 3, 100) == []
 
 
 def test_a_newer_attempt_elsewhere_ends_this_one(tmp_path, monkeypatch):
