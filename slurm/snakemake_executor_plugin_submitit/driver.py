@@ -320,7 +320,7 @@ class Driver:
         code = "" if record["exit_code"] is None else f" (exit code {record['exit_code']})"
         name = work.name_of(submission.rule, record["wildcards"])
         printed = next(iter(sorted(submission.folder.glob("*_log.*"), key=lambda path: -path.stat().st_size)), None)
-        log = submission.log if work.last_lines(submission.log, 1) else printed
+        log = submission.log if work.has_written_its_log(submission) else printed
         lines = [f"{name} failed{code}: {decision.why}", f"  job {submission.job_id}, log {log}"]
         if record["node_names"]:
             lines[1] += f", on {', '.join(record['node_names'])}"

@@ -112,6 +112,16 @@ def last_lines(path: str | os.PathLike | None, count: int, tail_bytes: int = 163
     return lines[1 if start else 0 :][-count:]
 
 
+def has_written_its_log(submission: Submission) -> bool:
+    """Whether the log is of this submission: one that failed before its command began leaves that of an attempt before it."""
+    try:
+        written = Path(submission.log or "").stat()
+        began = min(path.stat().st_mtime for path in submission.folder.iterdir())  # by the same file system's clock
+    except (OSError, ValueError):
+        return False
+    return bool(written.st_size) and written.st_mtime >= began
+
+
 def says_out_of_memory(folder: Path) -> bool:
     """Whether SLURM wrote into the job's output that it was killed for its memory; only cgroups tell it in the state."""
     for path in folder.glob("*_log.*"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def test_a_cluster_that_does_not_answer_is_asked_again_and_the_job_goes_on(job):
     assert (one.step, sum(one.resubmitted.values())) == (500, 1)
     records = ledger.read_attempts(made.ledger)
     assert [(record["job_id"], record["state"]) for record in records] == [("100", "TIMEOUT"), ("101", "PENDING")]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_failure_is_not_explained_by_the_log_of_an_attempt_before(job, own):
+    log = Path("base.log")
+    log.write_text("loss is not finite\n")
+    os.utime(log, (time.time() - 100, time.time() - 100))
+    made, one = job(Cluster("FAILED", []))
+    (one.folder / "100_submitted.pkl").write_text("")
+    (one.folder / "100_0_log.err").write_text("bash: module: command not found\n")
+    if own:
+        log.write_text("no such column\n")
+    message = made.look([one])["100"].message
+    assert ("base.log" in message, "no such column" in message) == (own, own)
+    assert "command not found" in message or own
+    assert "not finite" not in message
 
 
 def test_a_status_that_cannot_be_read_is_none_yet(tmp_path, monkeypatch):
