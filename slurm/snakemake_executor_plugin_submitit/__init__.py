@@ -6,6 +6,7 @@ and `from __future__ import annotations` and `X | None` stay out of `ExecutorSet
 """
 
 import asyncio
+import difflib
 import os
 import sys
 import time
@@ -89,11 +90,25 @@ class Executor(RemoteExecutor):
         try:
             self.driver = Driver(settings, self.logger, dict(self.envvars()), self.workflow.resource_settings.cores)
             self.driver.check(list(self.workflow.dag.needrun_jobs()))
+            self._warn_of_unknown_rules()
         except ValueError as error:
             self.wait = False  # ends the polling thread; nothing was submitted
             raise WorkflowError(str(error)) from error
         self.next_seconds_between_status_checks = self.driver.poll_seconds
         self.ready = True
+
+    def _warn_of_unknown_rules(self):
+        """Snakemake passes over a rule that does not exist in set-resources and set-threads."""
+        rules = [rule.name for rule in self.workflow.rules]
+        settings = self.workflow.resource_settings
+        for key, values in (
+            ("set-resources", settings.overwrite_resources),
+            ("set-threads", settings.overwrite_threads),
+        ):
+            for name in sorted(set(values) - set(rules)):
+                similar = difflib.get_close_matches(name, rules, n=1)
+                hint = f" Did you mean {similar[0]}?" if similar else ""
+                self.logger.warning(f"{key}: {name}: no such rule; this has no effect.{hint}")
 
     def run_job(self, job):
         from .sigterm import answer_in_a_thread

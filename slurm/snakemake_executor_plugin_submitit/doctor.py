@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from . import resources
@@ -119,7 +120,8 @@ def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
     unknown = [name for name in names if name not in cluster.partitions]
     if unknown:  # sbatch refuses the whole list
         which = f" as {', '.join(map(repr, unknown))}" if len(names) > 1 else ""
-        what = f"rule {rule}: slurm_partition = {request.partition}: no such partition{which}"
+        partition, key = _or_environment(request.partition, "slurm_partition", "SBATCH_PARTITION")
+        what = f"rule {rule}: {key} = {partition}: no such partition{which}"
         return [Finding(FATAL, what, f"there are {_names(cluster)}")]
     found = {name: _on_partition(cluster, rule, request, name) for name in names}
     fits = [name for name in names if all(finding.level != FATAL for finding in found[name])]
@@ -136,8 +138,8 @@ def _request(cluster: Cluster, rule: str, request: Request) -> list[Finding]:
 
 
 def _partitions(cluster: Cluster, request: Request) -> list[str]:
-    """Where the job may run: what it asks for, else the cluster's default."""
-    asked = request.partition or cluster.default_partition
+    """Where the job may run: what it asks for, else what sbatch's variable says, else the cluster's default."""
+    asked = _or_environment(request.partition, "", "SBATCH_PARTITION")[0] or cluster.default_partition
     return asked.split(",") if asked else []
 
 
@@ -208,26 +210,28 @@ def _gpus(cluster: Cluster, rule: str, request: Request, name: str) -> list[Find
 def _account(cluster: Cluster, rule: str, request: Request, partition: dict, name: str) -> list[Finding]:
     found = []
     enforced = "associations" in cluster.config.get("AccountingStorageEnforce", "")
-    if request.account and cluster.accounts and request.account not in cluster.accounts:
+    account, account_key = _or_environment(request.account, "slurm_account", "SBATCH_ACCOUNT")
+    qos, qos_key = _or_environment(request.qos, "qos", "SBATCH_QOS")
+    if account and cluster.accounts and account not in cluster.accounts:
         yours = ", ".join(sorted(cluster.accounts))
         level = FATAL if enforced else WARNING
-        found.append(Finding(level, f"rule {rule}: slurm_account = {request.account} is not yours", f"yours: {yours}"))
+        found.append(Finding(level, f"rule {rule}: {account_key} = {account} is not yours", f"yours: {yours}"))
     allowed = partition.get("AllowAccounts", "ALL")
-    if request.account and allowed != "ALL" and request.account not in allowed.split(","):
-        found.append(
-            Finding(FATAL, f"rule {rule}: partition {name} does not take {request.account}", f"it takes {allowed}")
-        )
-    if request.qos and cluster.qos and request.qos not in cluster.qos:
+    if account and allowed != "ALL" and account not in allowed.split(","):
+        found.append(Finding(FATAL, f"rule {rule}: partition {name} does not take {account}", f"it takes {allowed}"))
+    if qos and cluster.qos and qos not in cluster.qos:
         yours = ", ".join(sorted(cluster.qos))
-        found.append(Finding(FATAL, f"rule {rule}: qos = {request.qos} is not yours", f"yours: {yours}"))
-    limit = minutes(cluster.qos_walltime.get(request.qos or ""))
+        found.append(Finding(FATAL, f"rule {rule}: {qos_key} = {qos} is not yours", f"yours: {yours}"))
+    limit = minutes(cluster.qos_walltime.get(qos or ""))
     if limit and request.runtime_minutes and request.runtime_minutes > limit:
-        found.append(
-            Finding(
-                FATAL, f"rule {rule}: runtime = {request.runtime_minutes} min", f"qos {request.qos} allows {limit} min"
-            )
-        )
+        what = f"rule {rule}: runtime = {request.runtime_minutes} min"
+        found.append(Finding(FATAL, what, f"qos {qos} allows {limit} min"))
     return found
+
+
+def _or_environment(asked: str | None, key: str, variable: str) -> tuple[str | None, str]:
+    """What sbatch will take, and where that stands: its own variable where the profile says nothing."""
+    return (asked, key) if asked else (os.environ.get(variable) or None, variable)
 
 
 def _preemption(cluster: Cluster, requests: dict[str, Request]) -> list[Finding]:
@@ -309,6 +313,7 @@ def minutes(text: str | None) -> int | None:
 def profile_requests(profile: Path) -> dict[str, Request]:
     """What the rules that a profile names ask for. Raises ValueError with file and key when it cannot be read."""
     import yaml
+    from snakemake.cli import get_argument_parser
 
     files = (
         [profile]
@@ -317,13 +322,23 @@ def profile_requests(profile: Path) -> dict[str, Request]:
     )
     if not files:
         raise ValueError(f"{profile}: no such profile: a folder with config.yaml")
-    content = yaml.safe_load(files[0].read_text()) or {}
+    try:
+        content = yaml.safe_load(files[0].read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{files[0]}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{files[0]}: must hold `key: value` lines")
+    flags = {flag.lstrip("-") for action in get_argument_parser()._actions for flag in action.option_strings}
+    if unknown := [key for key in content if key not in flags]:
+        similar = get_close_matches(str(unknown[0]), flags, n=1)
+        hint = f"Did you mean {similar[0]}?" if similar else "`snakemake --help` lists them."
+        raise ValueError(f"{files[0]}: {unknown[0]}: no such flag of Snakemake. {hint}")
     default = _pairs(content.get("default-resources"))
     rules = {rule: _pairs(values) for rule, values in (content.get("set-resources") or {}).items()}
     threads = content.get("set-threads") or {}
     requests = {}
     try:
-        for rule, values in {"(default)": {}, **rules}.items():
+        for rule, values in {"(default)": {}, **{rule: {} for rule in threads}, **rules}.items():
             asked = {**default, **values}
             if asked.get("gpu_model"):
                 asked.setdefault("gpu", 1)  # how many is the rule's to say; a run's start checks that number

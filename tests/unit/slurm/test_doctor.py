@@ -171,6 +171,41 @@ def test_a_profile_is_read_as_snakemake_reads_it(tmp_path, monkeypatch):
     assert request.account == "lab"
 
 
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("SBATCH_ACCOUNT", "SBATCH_ACCOUNT = elsewhere is not yours: yours: lab"),
+        ("SBATCH_QOS", "SBATCH_QOS = elsewhere is not yours"),
+        ("SBATCH_PARTITION", "SBATCH_PARTITION = elsewhere: no such partition"),
+    ],
+)
+def test_what_sbatch_takes_from_the_environment_is_looked_at_too(cluster, monkeypatch, variable, words):
+    monkeypatch.setenv(variable, "elsewhere")
+    (found,) = [one for one in examine(cluster, {"base": Request(runtime_minutes=5)}) if one.level == "fatal"]
+    assert words in str(found)
+    said = Request(partition="gpu", account="lab", qos="normal", runtime_minutes=5, gpus=1)
+    assert not [one for one in examine(cluster, {"base": said}) if one.level == "fatal"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("set-resorces:\n  base: {gpu: 1}\n", "set-resorces: no such flag of Snakemake. Did you mean set-resources?"),
+        ("jobs: [1\n", "not valid YAML"),
+        ("- jobs\n", "must hold"),
+    ],
+)
+def test_a_profile_that_snakemake_would_refuse_is_named(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match="config.yaml: .*" + words.split(".")[0]):
+        profile_requests(tmp_path)
+
+
+def test_threads_of_a_rule_without_resources_of_its_own_count(tmp_path):
+    (tmp_path / "config.yaml").write_text("set-threads: {tokens: 32}\n")
+    assert profile_requests(tmp_path)["tokens"].cpus == 32
+
+
 def test_a_missing_profile_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such profile"):
         profile_requests(tmp_path / "none")
