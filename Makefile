@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 PROFILE ?= profiles/local
-RESULTS ?= results
+RESULTS ?= $(or $(shell sed -n 's/^results: *\([^ \#]*\).*/\1/p' config.yaml $(PROFILE)/settings.yaml 2>/dev/null | tail -1),results)
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$python && break; done)
 BIN = $(abspath $(VENV))/bin

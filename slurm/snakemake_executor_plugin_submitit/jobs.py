@@ -1,6 +1,7 @@
 """`nanochat jobs`: what every job did, live and after the fact; `--follow STAGE` follows its log."""
 
 import argparse
+import os
 import sys
 import time
 from itertools import pairwise
@@ -15,16 +16,18 @@ SUCCESSOR_SECONDS = 15.0  # between the last line of an attempt and the first on
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nanochat jobs", description="List the jobs of a run, from its ledger.")
-    parser.add_argument("--ledger", type=Path, default=Path("results/jobs/ledger.jsonl"), help="Default: %(default)s")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="Folder of the run. Default: %(default)s")
+    parser.add_argument("--ledger", type=Path, help="Default: jobs/ledger.jsonl in the folder of the run.")
     parser.add_argument("--all", action="store_true", help="Every attempt, also those that a later one replaced.")
     parser.add_argument("--follow", metavar="STAGE", help="Follow the log of this stage until it ends.")
     arguments = parser.parse_args(argv)
+    arguments.ledger = arguments.ledger or arguments.results / "jobs/ledger.jsonl"
     try:
         if arguments.follow:
             return follow(arguments.ledger, arguments.follow)
         records = ledger.read_attempts(arguments.ledger)
         if not records:
-            print(f"{arguments.ledger}: no jobs yet", file=sys.stderr)
+            print(f"{arguments.ledger}: no jobs yet. Another run's are listed with --results FOLDER.", file=sys.stderr)
             return 1
         print(table(records, time.time(), arguments.all))
         return 0
@@ -113,12 +116,12 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5, successor_seconds:
     """
 
     def newest() -> dict | None:
-        named = [r for r in ledger.read_attempts(path) if stage in (r["rule"], work.name_of(r["rule"], r["wildcards"]))]
+        named = [record for record in ledger.read_attempts(path) if stage in _names(record, path.parent.parent)]
         return as_of_now(named)[-1] if named else None
 
     record = newest()
     if record is None:
-        known = sorted({r["rule"] for r in ledger.read_attempts(path)})
+        known = sorted({_names(record, path.parent.parent)[-1] for record in ledger.read_attempts(path)})
         print(f"{path}: no job of {stage} yet; there are: {', '.join(known) or 'none'}", file=sys.stderr)
         return 1
     position, since = 0, -1
@@ -148,6 +151,17 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5, successor_seconds:
             ended = known_end
             print(f"[{_state(record)}, SLURM may run it again: waiting]", file=sys.stderr)
         time.sleep(poll_seconds)
+
+
+def _names(record: dict, results: Path) -> list[str]:
+    """What a job may be called: its rule, with its wildcards, and as its log lies below the results, `evaluate` or `evaluate/sft`."""
+    names = [record["rule"], work.name_of(record["rule"], record["wildcards"])]
+    parts = Path(os.path.relpath(record["log"] or "..", results)).with_suffix("").parts
+    if ".." in parts:
+        return names
+    if len(parts) > 1 and parts[-1] == parts[0]:  # base/base.log
+        parts = parts[:-1]
+    return names + ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _is_over(record: dict) -> bool:

@@ -42,7 +42,7 @@ class LocalCluster:
         if request.gpus > len(self.gpus):
             raise ValueError(
                 f"rule {rule}: resources.gpu = {request.gpus}: this machine has {len(self.gpus)}"
-                f" ({', '.join(self.gpus) or 'none'}). Ask for fewer with `set-resources`, or use a SLURM profile"
+                f" ({', '.join(self.gpus) or 'none'}). Ask for fewer where the workflow sets it, or use a SLURM profile"
             )
 
     def submit(self, allocation: Allocation, submission: Submission) -> None:

@@ -126,6 +126,21 @@ def test_following_a_log_ends_with_the_job(tmp_path):
     assert follower.wait(10) == 0
 
 
+@pytest.mark.parametrize("name", ["evaluate", "evaluate/sft", "evaluate_stage", "evaluate_stage-sft"])
+def test_a_job_may_be_called_as_its_target(tmp_path, capsys, name):
+    path, log = tmp_path / "jobs/ledger.jsonl", tmp_path / "evaluate/sft.log"
+    log.parent.mkdir()
+    path.parent.mkdir()
+    log.write_text("cloze 0.3\n")
+    known = {"rule": "evaluate_stage", "wildcards": {"stage": "sft"}, "log": str(log)}
+    append(path, attempt(**known, state="COMPLETED", started=1.0, ended=2.0, exit_code=0))
+    append(path, attempt(job_id="8", log=str(tmp_path / "base/base.log"), state="COMPLETED", exit_code=0))
+    assert follow(path, name) == 0
+    assert capsys.readouterr().out == "cloze 0.3\n"
+    assert follow(path, "sft") == 1
+    assert "there are: base, evaluate/sft" in capsys.readouterr().err
+
+
 def test_a_stage_that_never_ran_is_named(tmp_path):
     append(tmp_path / "ledger.jsonl", attempt(state="COMPLETED"))
     done = subprocess.run(
