@@ -11,7 +11,7 @@ class History:
 
     useful_seconds           of the steps themselves; loader_seconds, the wait for rows, is a part of them
     checkpoint_seconds       for which training waited; checkpoint_write_seconds were spent beside it
-    gpu_utilization          mean of so many samples, of the first rank's GPU
+    gpu_utilization          mean of so many samples, of all ranks' GPUs
     """
 
     tokens: int = 0

@@ -142,18 +142,26 @@ class Trainer:
                         tokens_per_second=line["tokens_per_second"],
                     )
                 self.history.seconds = before.seconds + time.time() - attempt_started
-                mean, samples = before.with_utilization(utilization.mean, utilization.samples)
-                self.history.gpu_utilization, self.history.gpu_utilization_samples = mean, samples
                 self.history.peak_memory_bytes = max(
                     self.history.peak_memory_bytes, hardware.peak_memory_bytes(self.world.device)
                 )
                 if stopping or save_due or finished:
+                    # All ranks are here, so that all GPUs can be counted.
+                    mean, samples = before.with_utilization(*self._over_ranks(utilization))
+                    self.history.gpu_utilization, self.history.gpu_utilization_samples = mean, samples
                     self.save(wait=stopping or finished)
                     saved_at = time.monotonic()
                 if stopping and not finished:
                     self.say(f"stopped by a signal after step {self.step}; the checkpoint is saved")
                     return False
         return True
+
+    def _over_ranks(self, utilization: hardware.GpuUtilization) -> tuple[float | None, int]:
+        """Mean utilisation of the GPUs of all ranks, and the number of samples that it is of."""
+        sums = torch.tensor([utilization.total, utilization.samples], dtype=torch.float64, device=self.world.device)
+        self.world.sum(sums)
+        total, samples = sums.tolist()
+        return (total / samples if samples else None), round(samples)
 
     def _step(self, stop: bool, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
         """One optimizer step. Returns its log line, and whether any rank was told to stop, and whether rank 0 wants a save."""

@@ -21,6 +21,7 @@ from training_support import (
     write_run,
 )
 
+from nanochat import hardware
 from nanochat.files import read_json, write_json
 from nanochat.train.distributed import World
 from nanochat.train.trainer import Trainer
@@ -58,6 +59,8 @@ def _join(rank: int, size: int, meeting: Path, *arguments) -> None:
 
 def _train(rank: int, size: int, folder: Path, until: int, options: dict) -> None:
     hidden = options.pop("hidden", 0.0)
+    if shares := options.pop("utilization", None):
+        hardware.GpuUtilization.__enter__ = lambda self: vars(self).update(total=4 * shares[rank], samples=4) or self
     kind = type("StopsThere", (Stops,), {"stop_at": until})
     trainer = make_trainer(
         folder,
@@ -104,6 +107,14 @@ def test_resume_on_two_ranks_is_bitwise(tmp_path):
     for name in ("model", "optimizer"):
         last = f"checkpoints/step-{STEPS:08}/{name}.safetensors"
         assert files_equal(tmp_path / "a" / last, tmp_path / "b" / last)
+
+
+@pytest.mark.slow
+def test_utilization_is_of_all_gpus(tmp_path):
+    train(tmp_path, 2, until=4, utilization=(0.9, 0.5))
+    train(tmp_path, 2, utilization=(0.8, 0.2))
+    history = read_json(tmp_path / f"checkpoints/step-{STEPS:08}/state.json")["history"]
+    assert (history["gpu_utilization"], history["gpu_utilization_samples"]) == (pytest.approx(0.6), 16)
 
 
 @pytest.mark.slow
