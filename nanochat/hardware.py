@@ -29,36 +29,36 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 # Dense peak in FLOP/s of matrix multiplications without sparsity, from the vendors' data sheets. The first whose words are
-# words of the device's name counts, so the longer names come first: an A4000 is no A40. (bfloat16 or float16 where there is no bfloat16,
-# float32 with TF32 where there is TF32.)
+# words of the device's name counts, so the longer names come first: an A4000 is no A40. bfloat16 (float16 where there is no
+# bfloat16), and float32 without TF32, which torch does not use unless told to. Slices of a GPU (MIG) have none.
 PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("GB200", 2.5e15, 1.25e15),
-    ("B200", 2.25e15, 1.1e15),
-    ("H100 PCIe", 756e12, 378e12),
-    ("H100 NVL", 835e12, 418e12),
-    ("H100", 989e12, 494e12),
-    ("H200", 989e12, 494e12),
-    ("GH200", 989e12, 494e12),
-    ("H800", 989e12, 494e12),
-    ("H20", 148e12, 74e12),
-    ("A100", 312e12, 156e12),
-    ("A800", 312e12, 156e12),
-    ("A40", 149.7e12, 74.8e12),
-    ("A30", 165e12, 82e12),
+    ("GB200", 2.5e15, 80e12),
+    ("B200", 2.25e15, 80e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("H200 NVL", 835e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("GH200", 989e12, 67e12),
+    ("H800", 989e12, 67e12),
+    ("H20", 148e12, 44e12),
+    ("A100", 312e12, 19.5e12),
+    ("A800", 312e12, 19.5e12),
+    ("A40", 149.7e12, 37.4e12),
+    ("A30", 165e12, 10.3e12),
     ("A10G", 70e12, 35e12),
-    ("A10", 125e12, 62.5e12),
-    ("L40S", 362e12, 183e12),
+    ("A10", 125e12, 31.2e12),
+    ("L40S", 362e12, 91.6e12),
     ("L40", 181e12, 90.5e12),
-    ("L4", 121e12, 60e12),
-    ("RTX 6000 Ada", 364e12, 182e12),
-    ("RTX A6000", 154.8e12, 77.4e12),
+    ("L4", 121e12, 30.3e12),
+    ("RTX 6000 Ada", 364e12, 91.1e12),
+    ("RTX A6000", 154.8e12, 38.7e12),
     ("RTX 5090", 209.5e12, 104.8e12),
     ("RTX 4090", 165.2e12, 82.6e12),
     ("RTX 3090", 71e12, 35.6e12),
     ("V100", 125e12, 15.7e12),
     ("T4", 65e12, 8.1e12),
 )
-
 
 PREFILL_ROWS = 32  # prompts computed side by side through a scratch cache, at most
 MOST_PROMPTS = 128  # of a pass that needs none
@@ -197,7 +197,7 @@ def cpu_count() -> int:
 def peak_flops(name: str, dtype: "torch.dtype | str") -> float | None:
     """Dense peak of the named device, FLOP/s; None where none is known (every CPU): no MFU is stated then."""
     for part, half, single in PEAKS:
-        if re.search(rf"\b{part}\b", name, re.IGNORECASE):
+        if re.search(rf"\b{part}\b(?!.*\bMIG\b)", name, re.IGNORECASE):
             return single if str(dtype).removeprefix("torch.") == "float32" else half
     return None
 

@@ -66,18 +66,21 @@ def transformers_cases(
 
     def generate(prompts: list[list[int]], cache: str) -> torch.Tensor:
         if not model:
-            settings = transformers.LlamaConfig(**llama_settings(config))
+            # Without an end of text there is nothing to look for at each step.
+            settings = transformers.LlamaConfig(**llama_settings(config) | {"eos_token_id": None})
             model.append(transformers.LlamaForCausalLM(settings).to(device, dtype).eval())
         tokens = torch.tensor(prompts, device=device)
-        return model[0].generate(
+        made = model[0].generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
             cache_implementation=cache,
         )
+        if made.size(1) != tokens.size(1) + new_tokens:
+            raise RuntimeError(f"made {made.size(1) - tokens.size(1)} tokens instead of {new_tokens}")
+        return made
 
     return {
         "transformers_dynamic": lambda prompts: generate(prompts, "dynamic"),

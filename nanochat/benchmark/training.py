@@ -1,4 +1,4 @@
-"""A training step, as the study did it and then with one thing more in each row.
+"""A training step, as the study did it and then with one thing more in each row (study_compiled stands beside them).
 
 study             base: 32 rows of text a micro-batch; sft: 4 conversations, each padded to a row of its own. Kernels launched one by
                   one, float32 logits of all tokens at once
@@ -18,6 +18,7 @@ into micro-batches of the case's size, forward, backward, update. `tokens_per_se
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -138,9 +139,9 @@ def measure(
 def cases(
     model: GPT, conversations: list[np.ndarray], text: Rows, plan: int, compile: bool, pad_id: int
 ) -> Iterator[Case]:
-    """Each with one thing more than the one before it, from the study's on; base, then sft."""
+    """Each with one thing more than the one before it, from the study's on, but study_compiled, which is beside them; base, then sft."""
     study, length = STUDY_ROWS[model.device.type], text.sequence_length
-    rows_per_step = max(plan, *study.values())
+    rows_per_step = math.lcm(plan, *study.values())
     stream = torch.empty(1, model.config.width, dtype=model.compute_dtype, device=model.device)
     kernels = tuple(kernel for kernel in KERNELS if fused(kernel, stream))
 

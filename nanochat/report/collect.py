@@ -51,8 +51,13 @@ def collect(run: Run, cost: Cost, now: float) -> Collected:
         for stage in TRAINED
     }
     plans = {stage: run.object(f"batch_size/{stage}.json", f"no batch-size plan of `{stage}`") for stage in TRAINED}
+    in_ledger = {one.stage for one in attempts if one.started is not None}
+    for stage in TRAINED:
+        if attempts and stage not in in_ledger and (metrics[stage] or steps[stage]):
+            run.note(f"`{stage}` was trained by no job of the ledger (by hand?): its hours are in no sum.")
     benchmarks = collect_work.read_benchmarks(run)
-    found = Collected(run, now, Numbers(), attempts, account(attempts, steps), steps, plans, benchmarks, metrics)
+    saves = {stage: number(metrics[stage].get("checkpoint_seconds")) or 0.0 for stage in TRAINED}
+    found = Collected(run, now, Numbers(), attempts, account(attempts, steps, saves), steps, plans, benchmarks, metrics)
     _run(found, cost)
     collect_work.scores(run, found.numbers)
     collect_work.samples(run, found.numbers)
@@ -114,7 +119,10 @@ def _run(found: Collected, cost: Cost) -> None:
     add("busy_seconds", busy_seconds(found.attempts), "seconds", method="of that, with at least one job running")
     add("jobs", len({one.stage for one in found.attempts}), "count", method="jobs/ledger.jsonl")
     add("attempts", len(found.attempts), "count", method="jobs/ledger.jsonl")
-    add("attempts_failed", sum(one.is_failed for one in found.attempts), "count", method="jobs/ledger.jsonl")
+    cancelled = sum(one.state == "CANCELLED" for one in found.attempts)
+    failed = sum(one.is_failed for one in found.attempts) - cancelled
+    add("attempts_failed", failed, "count", method="jobs/ledger.jsonl")
+    add("attempts_cancelled", cancelled, "count", method="jobs/ledger.jsonl")
     add("attempts_interrupted", sum(one.is_interrupted for one in found.attempts), "count", method="jobs/ledger.jsonl")
     missing = None if found.attempts else "no ledger of jobs"
     for resource in ("GPU", "CPU"):
@@ -171,6 +179,8 @@ def _remark(one: Attempt) -> str | None:
         parts.append("was running when this was written: counted until then")
     elif one.end_is == "bounded":
         parts.append("its end was not recorded: counted until the next start of the same job")
+    elif one.end_is == "silent":
+        parts.append("its end was not recorded: counted until the last line of its log")
     elif one.end_is == "unknown":
         parts.append("its end was not recorded: not counted")
     return "; ".join(parts) or None
@@ -182,9 +192,9 @@ def _cost(found: Collected, cost: Cost) -> None:
         return
     charged = books.hours(resource)
 
-    def add(row: str, hours: float | None, meaning: str, missing: str | None = None) -> None:
+    def add(row: str, hours: float | None, meaning: str, missing: str | None = None, of: float = charged) -> None:
         method = f"jobs/ledger.jsonl and log.jsonl of the trained stages; {resource}-hours"
-        share = hours / charged if hours is not None and charged > 0 else None
+        share = hours / of if hours is not None and of > 0 else None
         why = missing or "nothing was charged"
         numbers.add("cost", row, "hours", hours, "hours", method=method, missing=missing)
         numbers.add("cost", row, "share", share, "fraction", method=method, missing=why)
@@ -200,11 +210,10 @@ def _cost(found: Collected, cost: Cost) -> None:
     use = {stage: value for stage, value in use.items() if value is not None and 0 <= value <= 1}
     if use and resource == "GPU":
         stages = ", ".join(use)
-        add(
-            "idle",
-            books.idle(use),
-            f"charged x (1 - mean utilisation by NVML), over {stages}; cuts across the split above",
+        meaning = (
+            f"charged x (1 - mean utilisation by NVML), over {stages}, whose share it is; cuts across the split above"
         )
+        add("idle", books.idle(use), meaning, of=books.hours("GPU", stages=use))
     else:
         why = "utilisation is measured on GPUs only" if resource == "CPU" else "no stage recorded its GPUs' utilisation"
         add("idle", None, "charged x (1 - mean utilisation)", missing=why)

@@ -22,7 +22,7 @@ LOST = {
     "replayed": "steps done twice after a restart",
     "startup": "start-up and compile: from the start of an attempt to its first step, and what that step takes beyond a "
     "usual one",
-    "failed": "failed attempts: all but their steps",
+    "failed": "failed and cancelled attempts: all but their steps",
     "checkpoints": "checkpoint writes",
     "grace": "grace: from the last step of an interrupted attempt to its end",
     "validation": "validation losses during training",
@@ -90,19 +90,30 @@ class Account:
         return self.hours("GPU") * gpu_hour_price + cpu * cpu_hour_price
 
 
-def account(attempts: Sequence[Attempt], steps: Mapping[str, Sequence[Step]]) -> Account:
-    """Split the time of every attempt. `steps`: the log of each trained stage, in the order written."""
+def account(
+    attempts: Sequence[Attempt], steps: Mapping[str, Sequence[Step]], saves: Mapping[str, float] | None = None
+) -> Account:
+    """Split the time of every attempt.
+
+    steps  the log of each trained stage, in the order written
+    saves  seconds for which each stage waited for checkpoints, all in all: the one at an attempt's end is in no gap of the log
+    """
     done: dict[tuple, list[Step]] = {}
     typical: dict[str, float | None] = {}
     for stage, log in steps.items():
         mine = [one for one in attempts if one.stage == stage and one.started is not None]
         done |= _steps_by_attempt(mine, log)
         typical[stage] = median_seconds(surviving(log))
+    unseen = {}
+    for stage, log in steps.items():
+        seen = sum(step.checkpoint_seconds or 0.0 for step in log if step.survives)
+        ends = sum(1 for one in attempts if one.stage == stage and done.get(one.identity))
+        unseen[stage] = max(0.0, (saves or {}).get(stage, 0.0) - seen) / max(1, ends)
     last_completed = {one.stage: one.identity for one in attempts if one.state == "COMPLETED"}
     charges = []
     for one in attempts:
         superseded = one.state == "COMPLETED" and last_completed[one.stage] != one.identity
-        parts = _split(one, done.get(one.identity, []), typical.get(one.stage), superseded)
+        parts = _split(one, done.get(one.identity, []), typical.get(one.stage), superseded, unseen.get(one.stage, 0.0))
         charges.append(Charge(one, parts))
     return Account(charges)
 
@@ -125,7 +136,9 @@ def _steps_by_attempt(attempts: Sequence[Attempt], log: Sequence[Step]) -> dict[
     return found
 
 
-def _split(attempt: Attempt, steps: Sequence[Step], typical: float | None, superseded: bool) -> dict[str, float]:
+def _split(
+    attempt: Attempt, steps: Sequence[Step], typical: float | None, superseded: bool, last_save: float = 0.0
+) -> dict[str, float]:
     parts = dict.fromkeys(PARTS, 0.0)
     left = attempt.seconds
     if superseded and attempt.stage in TRAINED and not any(step.survives for step in steps):
@@ -160,5 +173,7 @@ def _split(attempt: Attempt, steps: Sequence[Step], typical: float | None, super
                 give("grace", attempt.ended - last.ended)
         else:
             give("startup", left if attempt.is_interrupted and not steps else compiling)
+        if steps and not attempt.is_interrupted:
+            give("checkpoints", last_save)
         give("rest", left)
     return parts

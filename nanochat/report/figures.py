@@ -136,7 +136,11 @@ def timeline(found: Collected) -> Figure:
         return _empty("No ledger of jobs.", "jobs/ledger.jsonl")
     stages = list(dict.fromkeys(one.stage for one in shown))
     origin = min(one.submitted or one.started for one in shown)
-    span = max(max(one.ended or 0, one.started or 0, one.submitted or 0) for one in shown) - origin
+    waiting = [found.now for one in shown if one.started is None and one.state == "PENDING"]
+    span = (
+        max(*waiting, *(max(one.ended or 0, one.started or 0, one.submitted or 0) for one in shown), origin + 1)
+        - origin
+    )
     unit, seconds = _time_unit(span)
     figure = Figure(figsize=(10.5, 1.5 + 0.34 * len(stages)), layout="constrained")
     axis = figure.subplots()

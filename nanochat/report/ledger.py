@@ -1,10 +1,12 @@
 """The jobs of a run, as `results/jobs/ledger.jsonl` tells them: every attempt, requeued, failed and cancelled ones too.
 
 The newest line of each (job_id, attempt, restart) wins. An attempt without an end is counted until now when it still
-runs, and until the next attempt of the same work was submitted when it cannot run any more. Where the driver was killed, the
+runs, until the next attempt of the same work was submitted when it cannot run any more, and until the last line of its log when
+that is older than a day. Where the driver was killed, the
 job's own `jobs/<folder>/status-<restart>.json` may tell its end.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from nanochat.report.read import Run, number, text, unix_seconds, whole
 # Ended from outside, and went on later from its checkpoint: not a failure of the work.
 INTERRUPTED = ("PREEMPTED", "REQUEUED", "TIMEOUT", "SUSPENDED")
 FAILED = ("FAILED", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "LOST", "REVOKED")
+SILENT_SECONDS = 24 * 3600.0  # without a line in its log no job of this pipeline is alive
 FINAL = ("COMPLETED", *INTERRUPTED[:3], *FAILED)
 
 # Rules with a wildcard, and the target that a user knows them by.
@@ -49,7 +52,9 @@ class Attempt:
     reason: str | None
     exit_code: int | None
     folder: str | None
-    end_is: str = "recorded"  # recorded | now | bounded | unknown | never started
+    log: str | None = None
+    silent_since: float | None = None  # when its log was last written
+    end_is: str = "recorded"  # recorded | now | bounded | silent | unknown | never started
 
     @property
     def stage(self) -> str:
@@ -91,6 +96,7 @@ def read_attempts(run: Run, now: float) -> list[Attempt]:
     if not newest:
         run.note("`jobs/ledger.jsonl` is not there or empty: no job times, no cost. Was a stage run by hand?")
     known = [one for attempt in newest.values() for one in _as_the_job_says(run, attempt)]
+    known = [replace(one, silent_since=_last_line(run, one)) if one.ended is None else one for one in known]
     ordered = sorted(known, key=lambda one: (one.submitted or one.started or now, one.job_id, one.restart))
     return _with_ends(ordered, now)
 
@@ -110,8 +116,8 @@ def waits(attempts: Iterable[Attempt]) -> dict[tuple, tuple[float | None, float 
             continue
         since = attempt.eligible or attempt.submitted
         before = by_identity.get((job_id, number_of, restart - 1))
-        if restart and before is not None and before.ended is not None:
-            since = before.ended
+        if restart:
+            since = before.ended if before is not None else None
         wait = None if since is None else max(0.0, attempt.started - since)
         found[identity] = (None, wait) if restart else (wait, None)
     return found
@@ -158,6 +164,7 @@ def _attempt(line: dict[str, Any]) -> Attempt | None:
         reason=text(line.get("reason")),
         exit_code=None if exit_code is None else int(exit_code),
         folder=text(line.get("folder")),
+        log=text(line.get("log")),
     )
 
 
@@ -179,6 +186,16 @@ def _as_the_job_says(run: Run, attempt: Attempt) -> list[Attempt]:
     return [attempt, *(_as_the_job_says(run, following) if _status(run, following) else [])]
 
 
+def _last_line(run: Run, attempt: Attempt) -> float | None:
+    """When its log was last written. Both paths of the ledger begin with the folder of results as its driver called it."""
+    if not attempt.log or not attempt.folder:
+        return None
+    try:
+        return (run.results / os.path.relpath(attempt.log, Path(attempt.folder).parent.parent)).stat().st_mtime
+    except OSError:
+        return None
+
+
 def _status(run: Run, attempt: Attempt) -> dict[str, Any]:
     if attempt.state in FINAL or not attempt.folder:
         return {}
@@ -194,9 +211,11 @@ def _kept(newer: Attempt, older: Attempt | None) -> Attempt:
 
 
 def _with_ends(attempts: list[Attempt], now: float) -> list[Attempt]:
-    following: dict[str, list[float]] = defaultdict(list)
+    signs: dict[str, list[float]] = defaultdict(list)  # that whatever began earlier had ended by then
     for attempt in attempts:
-        following[attempt.stage].append(attempt.started or attempt.submitted or now)
+        # A requeued incarnation was submitted with the first one: only its start is a sign.
+        times = [attempt.started, None if attempt.restart else attempt.submitted]
+        signs[attempt.stage] += [time for time in times if time is not None] or [now]
     closed = []
     for attempt in attempts:
         if attempt.started is None:
@@ -204,11 +223,13 @@ def _with_ends(attempts: list[Attempt], now: float) -> list[Attempt]:
         elif attempt.ended is not None:
             closed.append(replace(attempt, ended=max(attempt.ended, attempt.started)))
         else:
-            later = [start for start in following[attempt.stage] if start > attempt.started]
+            later = [sign for sign in signs[attempt.stage] if sign > attempt.started]
             if later:
                 closed.append(replace(attempt, ended=min(later), end_is="bounded"))
             elif attempt.state in FINAL:
                 closed.append(replace(attempt, end_is="unknown"))
+            elif attempt.silent_since is not None and now - attempt.silent_since > SILENT_SECONDS:
+                closed.append(replace(attempt, ended=max(attempt.silent_since, attempt.started), end_is="silent"))
             else:
                 closed.append(replace(attempt, ended=max(now, attempt.started), end_is="now"))
     return closed

@@ -135,7 +135,7 @@ def size(count: float) -> str:
 def short(count: float) -> str:
     """A large count in words that are read at a glance: 3.28 million."""
     for limit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if abs(count) >= limit:
+        if abs(count) >= 0.9995 * limit:  # 999.6 million would be shown as 1e+03 million
             return f"{count / limit:.3g} {word}"
     return f"{count:,.0f}"
 

@@ -32,7 +32,7 @@ class Run:
             if otherwise:
                 self.note(f"`{name}` is not there: {otherwise}.")
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self.note(f"`{name}` cannot be read ({one_line(error)}); left out.")
             return {}
         if not isinstance(content, dict):
@@ -53,7 +53,7 @@ class Run:
                 continue
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 content = None
             if isinstance(content, dict):
                 found.append(content)
@@ -76,9 +76,12 @@ class Run:
 
 def number(value: Any) -> float | int | None:
     """The value when it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        return (
+            value if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) else None
+        )
+    except OverflowError:  # a whole number that no float holds
         return None
-    return value
 
 
 def whole(value: Any, otherwise: int) -> int:

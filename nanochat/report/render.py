@@ -148,7 +148,9 @@ def headline_lines(report: Report) -> list[str]:
         kind = "A chat model" if last == "sft" else f"A model (stage {last})"
         on = f"on {amount} of text{source}" if amount != DASH else "on text"
         lines = [f"{kind} of {size}{shape}, trained from scratch {on}."]
-        where = run("device") if report.value("run", "run", "gpus") in (None, 0) else f"{run('gpus')} x {run('device')}"
+        where = run("device")
+        if report.value("run", "run", "gpus"):
+            where = f"{run('gpus')} x {where}" if "," not in where else f"up to {run('gpus')} GPUs ({where})"
         rate = report.show("training", "base", "tokens_per_second")
         rate = f"; pretraining at {rate} tokens/s" if rate != DASH else ""
         lines.append(f"Training: {run('training_tokens')} tokens in {run('training_seconds')} on {where}{rate}.")
@@ -167,6 +169,9 @@ def headline_lines(report: Report) -> list[str]:
             report.value("run", "run", "attempts_interrupted"),
         )
         trouble = f", {run('attempts_failed')} of them failed" if failed else ""
+        trouble += (
+            f", {run('attempts_cancelled')} cancelled" if report.value("run", "run", "attempts_cancelled") else ""
+        )
         trouble += f", {run('attempts_interrupted')} interrupted" if interrupted else ""
         lines.append(
             f"Jobs: {run('jobs')} in {run('attempts')} attempts{trouble}; {run('wall_seconds')} from the first submission "

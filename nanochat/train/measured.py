@@ -73,13 +73,15 @@ class Measured:
         self._add(size, {"device_batch_size": size, "ok": False, "seconds": seconds, "note": note})
 
     def probe(self, size: int, rows: int, sequence_length: int) -> Probe:
-        """With the speed of a step of `rows` rows on this device: its micro-steps and one update."""
+        """With the speed of a step of `rows` rows on this device: its micro-steps and one update.
+
+        A size that does not split the step is compared at the same tokens an update: with more of them any size looks faster.
+        """
         one = self.probes[size]
         if not one["ok"]:
             return Probe(size, False, None, None, one["seconds"], one["note"])
-        micro_steps = max(1, rows // size)
-        seconds = micro_steps * one["micro_step_seconds"] + one["optimizer_seconds"]
-        speed = micro_steps * size * sequence_length / seconds
+        seconds = rows / size * one["micro_step_seconds"] + one["optimizer_seconds"]
+        speed = rows * sequence_length / seconds
         return Probe(size, True, one["peak_bytes"], speed, one["seconds"], timings=one["timings"])
 
     def _add(self, size: int, line: dict[str, Any]) -> None:

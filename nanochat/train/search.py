@@ -268,5 +268,5 @@ def _chosen(tried: Tried, candidates: list[int], largest: int) -> Found:
     larger = [one for n, one in tried.probes.items() if n > max(candidates) and tried.known_to_fit(n)]
     best = max(larger, key=lambda one: one.tokens_per_second, default=None)
     if best and best.tokens_per_second > fastest * (1 + PAYS):
-        reason += f"; {best.device_batch_size} rows reach {best.tokens_per_second:,.0f} tokens/s, for which tokens_per_step is too small"
+        reason += f"; {best.device_batch_size} rows would reach {best.tokens_per_second:,.0f} tokens/s, for which tokens_per_step is too small"
     return Found(chosen, largest, largest in tried.probes, tried.off, list(tried.probes.values()), reason)

@@ -150,6 +150,7 @@ class Trainer:
                     mean, samples = before.with_utilization(*self._over_ranks(utilization))
                     self.history.gpu_utilization, self.history.gpu_utilization_samples = mean, samples
                     self.save(wait=stopping or finished)
+                    self.history.seconds = before.seconds + time.time() - attempt_started
                     saved_at = time.monotonic()
                 if stopping and not finished:
                     self.say(f"stopped by a signal after step {self.step}; the checkpoint is saved")

@@ -24,6 +24,8 @@ CPU = torch.device("cpu")
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("Tesla V100-SXM2-32GB", 125e12),
         ("Tesla T4", 65e12),
         ("NVIDIA L40S", 362e12),

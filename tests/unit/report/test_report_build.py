@@ -22,7 +22,7 @@ from nanochat.errors import UserError
 from nanochat.report import figures
 from nanochat.report.build import build, headline
 from nanochat.report.collect import collect
-from nanochat.report.numbers import DASH, amount, duration, show, size, tidy
+from nanochat.report.numbers import DASH, amount, duration, short, show, size, tidy
 from nanochat.report.read import Run
 from nanochat.report.render import block, render
 
@@ -116,6 +116,38 @@ def test_a_score_has_its_interval_and_a_loss_has_none(run):
     assert "34.0% (30.1 to 37.9%)" in rows["Multiple choice"]
     assert not [cell for cell in rows["Bits per byte (held-out)"] if "(" in cell and "held-out" not in cell]
     assert "34.0% (chance" in page(run[0]) or "39.0% (chance" in page(run[0])  # the headline has the score alone
+
+
+def test_a_stage_without_a_job_and_a_cancelled_one_are_named(tmp_path):
+    results = tmp_path / "results"
+    write_run(results)
+    ledger = results / "jobs/ledger.jsonl"
+    kept = [json.loads(line) for line in ledger.read_text().splitlines() if '"rule": "base"' not in line]
+    now = max(line["ended"] or 0 for line in kept) + 5
+    for line in kept:
+        line["state"] = "CANCELLED" if line["rule"] == "corpus" else line["state"]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    build(results, Cost(), now)
+    text = page(results)
+    assert "`base` was trained by no job of the ledger (by hand?): its hours are in no sum." in text
+    assert re.search(r"attempts(, \d+ of them failed)?, 1 cancelled", text)
+
+
+def test_large_counts_are_words():
+    assert [short(count) for count in (999_600_000, 999_400_000, 1.5e9, 999)] == [
+        "1 billion",
+        "999 million",
+        "1.5 billion",
+        "999",
+    ]
+
+
+def test_json_that_no_reader_can_hold_is_left_out(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/metrics.json").write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}")
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "mid/metrics.json").write_text('{"tokens": ' + "9" * 400 + "}")
+    build(tmp_path, Cost(), 1.0)
 
 
 def test_a_smoothed_curve_keeps_a_line_and_does_not_end_in_a_single_value():

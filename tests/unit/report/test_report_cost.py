@@ -1,5 +1,7 @@
 """Money: whatever the ledger and the logs say, the parts sum to the whole."""
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,8 +141,47 @@ def test_a_replaced_attempt_without_an_end_is_bounded(tmp_path):
     writer.clock += 100  # the driver was killed here, with the job
     writer.job("base", 50, gpus=1, wait=5)
     first, second = read_attempts(Run(tmp_path / "results"), writer.clock + 1e6)
-    assert (first.started, first.end_is, first.seconds) == (started, "bounded", 105)
+    assert (first.started, first.end_is, first.seconds) == (started, "bounded", 100)
     assert (second.end_is, second.seconds) == ("recorded", 50)
+
+
+def test_a_job_whose_log_is_silent_for_a_day_is_not_counted_until_now(tmp_path):
+    """A report by hand, ten days after the driver and its job had died, charged 960 GPU-hours."""
+    writer = Writer(tmp_path / "results")
+    record = writer.job("base", 0, state="RUNNING", gpus=4)
+    started = record["started"]
+    writer.lines("jobs/ledger.jsonl", [{**record, "log": "runs/a/base/base.log", "folder": "runs/a/jobs/base-x"}])
+    log = tmp_path / "results/base/base.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    os.utime(log, (started + 600, started + 600))
+    (attempt,) = read_attempts(Run(tmp_path / "results"), started + 10 * 86400)
+    assert (attempt.end_is, attempt.seconds) == ("silent", 600)
+    (attempt,) = read_attempts(Run(tmp_path / "results"), started + 3600)
+    assert (attempt.end_is, attempt.seconds) == ("now", 3600)
+
+
+def test_a_delay_by_a_requeue_is_unknown_without_the_run_before(tmp_path):
+    writer = Writer(tmp_path / "results")
+    record = writer.job("base", 50, gpus=1)
+    writer.lines("jobs/ledger.jsonl", [{**record, "restart": 1, "started": record["started"] + 18_000, "ended": None}])
+    (tmp_path / "results/jobs/ledger.jsonl").write_text(
+        (tmp_path / "results/jobs/ledger.jsonl").read_text().splitlines()[-1] + "\n"
+    )
+    (attempt,) = read_attempts(Run(tmp_path / "results"), writer.clock + 1e5)
+    assert waits([attempt]) == {attempt.identity: (None, None)}
+
+
+def test_the_save_at_the_end_is_a_checkpoint_too(tmp_path):
+    writer = Writer(tmp_path / "results")
+    record = writer.job("base", 100, gpus=1)
+    times = [record["started"] + 10 + second for second in range(1, 61)]
+    writer.lines("base/log.jsonl", [{"step": i + 1, "loss": 1, "seconds": 1, "time": t} for i, t in enumerate(times)])
+    run = Run(tmp_path / "results")
+    attempts, steps = read_attempts(run, writer.clock), {"base": read_steps(run, "base")}
+    books = account(attempts, steps, {"base": 7.0})
+    parts = {part: round(books.hours("GPU", part) * 3600) for part in ("useful", "startup", "checkpoints", "rest")}
+    assert parts == {"useful": 60, "startup": 10, "checkpoints": 7, "rest": 23}
 
 
 def test_an_end_that_only_the_job_wrote_down_counts(tmp_path):

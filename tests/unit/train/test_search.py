@@ -207,7 +207,10 @@ def test_a_step_too_small_for_the_device_is_named():
     found = search(law, divisors(64), 720, 512, 64)
     larger = max(law.tried)
     assert found.chosen.device_batch_size == 64
-    assert f"; {larger} rows reach {1000 + larger:,} tokens/s, for which tokens_per_step is too small" in found.reason
+    assert (
+        f"; {larger} rows would reach {1000 + larger:,} tokens/s, for which tokens_per_step is too small"
+        in found.reason
+    )
     assert larger > 3 * 64
     found = search(Law(850, per_row=1, fixed=30, speed=lambda n: 1000.0 + n / 20), divisors(64), 720, 512, 64)
     assert "tokens_per_step" not in found.reason
