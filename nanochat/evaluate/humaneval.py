@@ -63,7 +63,8 @@ def humaneval(engine: Engine, tokenizer: Tokenizer, count: int, max_new_tokens: 
     outcomes = sandbox.run_all(programs)
     unserved = [completion.error is not None for completion in completions]
     passed = [outcome.status == "passed" and not missing for outcome, missing in zip(outcomes, unserved, strict=True)]
-    isolated = set.intersection(*(set(outcome.isolated) for outcome in outcomes))
+    # A warden that did not answer had isolated itself as the others had.
+    isolated = set.intersection(*([set(outcome.isolated) for outcome in outcomes if outcome.isolated] or [set()]))
     return TaskScore(
         score=sum(passed) / len(chosen),
         baseline=0.0,
@@ -75,7 +76,7 @@ def humaneval(engine: Engine, tokenizer: Tokenizer, count: int, max_new_tokens: 
             "passed": [problem.task_id for problem, good in zip(chosen, passed, strict=True) if good],
             "timed_out": sum(outcome.status == "timed_out" for outcome in outcomes),
             "prompts_too_long": sum(unserved),
-            "sandbox_without": sorted({"network", "processes"} - isolated),
+            "sandbox_without": sorted({"network", "processes", "files"} - isolated),
         },
     )
 

@@ -1,8 +1,8 @@
-"""Run a program that a model wrote, where it can do no harm.
+"""Run a program that a model wrote, where it can do little harm; what the kernel does not allow is named in the outcome.
 
 Three processes. We start the *warden*, a bare Python without site-packages in a session and an empty temporary folder of its
-own. The warden leaves the network and the host's process table behind (namespaces, where the kernel allows), forks the
-*program*, waits until the deadline, and then kills whatever the program left running, detached children included. We kill the
+own. The warden leaves the network, the host's process table and all writable files but its folder behind (namespaces, where the
+kernel allows; else the functions that destroy the most are taken away), forks the *program*, waits until the deadline, and then kills whatever the program left running, detached children included. We kill the
 warden's whole group when it does not report in time.
 
 The program has limits on CPU time, memory, file size, open files and processes, no input, and its output goes nowhere. It
@@ -47,7 +47,7 @@ class Outcome:
 
     status: Status
     detail: str = ""  # the exception, or the signal
-    isolated: tuple[str, ...] = ()  # namespaces it ran in: network, processes
+    isolated: tuple[str, ...] = ()  # namespaces it ran in: network, processes, files
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:
@@ -57,8 +57,8 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
     order = json.dumps({"program": program, "word": word, **vars(limits)})
     with tempfile.TemporaryDirectory(prefix="nanochat-sandbox-", ignore_cleanup_errors=True) as folder:
         warden = subprocess.Popen(
-            # -I: no user site, no environment; -S: no site-packages.
-            [sys.executable, "-I", "-S", str(WARDEN)],
+            # No user site, no site-packages, nothing beside the script; the environment is ours, with its PYTHONHASHSEED.
+            [sys.executable, "-s", "-S", "-P", str(WARDEN)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

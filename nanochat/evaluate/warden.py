@@ -5,13 +5,24 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
+import shutil  # noqa: F401 the program finds it as we leave it
 import signal
 import sys
 import time
 
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE = 1, 36, 4
+CLONE_NEWNS = 0x00020000
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 36, 4, 38
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+# Options that a mount keeps when it is remounted; without privilege they may not be dropped.
+KEPT_OPTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21}
+# Where the file system cannot be made read-only, what destroys the most is taken from the program.
+DESTRUCTIVE = {
+    "os": "chmod chown kill killpg link lchown remove removedirs rename renames replace rmdir symlink truncate unlink",
+    "shutil": "chown copytree move rmtree",
+}
 
 
 def main() -> None:
@@ -25,7 +36,7 @@ def main() -> None:
     if program == 0:
         os.close(read_end)
         with contextlib.suppress(BaseException):
-            run(order, write_end, libc)
+            run(order, write_end, libc, isolated)
         os._exit(1)
     os.close(write_end)
     status, detail = wait(program, deadline)
@@ -45,7 +56,7 @@ def main() -> None:
 
 
 def isolate(libc: ctypes.CDLL) -> list[str]:
-    """Leave the network and the process table; without privilege through a user namespace. What succeeded."""
+    """Leave the network, the process table and all files but our folder; without privilege through a user namespace. What succeeded."""
     user, group = os.getuid(), os.getgid()
     done = []
     for flags, name in ((CLONE_NEWNET | CLONE_NEWIPC, "network"), (CLONE_NEWPID, "processes")):
@@ -59,13 +70,46 @@ def isolate(libc: ctypes.CDLL) -> list[str]:
                 write("/proc/self/gid_map", f"{group} {group} 1")
         if entered:
             done.append(name)
+    if libc.unshare(CLONE_NEWNS) == 0 and make_read_only(libc, os.getcwd()):
+        done.append("files")
     return done
 
 
-def run(order: dict, report_to: int, libc: ctypes.CDLL) -> None:
+def make_read_only(libc: ctypes.CDLL, folder: str) -> bool:
+    """In a mount namespace of our own: nothing can be written any more but below `folder`. False where a mount resists."""
+
+    def mount(source: str | None, target: str, flags: int) -> bool:
+        return libc.mount(source and source.encode(), os.fsencode(target), None, flags, None) == 0
+
+    if not mount(None, "/", MS_REC | MS_PRIVATE) or not mount(folder, folder, MS_BIND):
+        return False
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split() for line in file]
+    done = True
+    for fields in mounts:
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        options = fields[5].split(",")
+        if point == folder or "ro" in options:
+            continue
+        flags = sum(KEPT_OPTIONS.get(option, 0) for option in options)
+        # A mount that another one hides cannot be reached, neither by us nor by the program.
+        done = (mount(None, point, MS_REMOUNT | MS_BIND | MS_RDONLY | flags) or not os.access(point, os.W_OK)) and done
+    os.chdir(folder)  # where we are is still the folder below the new mount
+    return done
+
+
+def drop_privileges(libc: ctypes.CDLL) -> None:
+    """Leave no capability, so that what the namespaces keep out cannot be undone from within."""
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    libc.capset(header, (ctypes.c_uint32 * 6)())
+
+
+def run(order: dict, report_to: int, libc: ctypes.CDLL, isolated: list[str]) -> None:
     """In the child: set the limits, run the program, write the word when it came to its end."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    os.setpgid(0, 0)  # a signal to its own group does not reach us
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -81,6 +125,12 @@ def run(order: dict, report_to: int, libc: ctypes.CDLL) -> None:
         hard = resource.getrlimit(name)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(name, (limit, limit))
+    if "files" in isolated:
+        drop_privileges(libc)
+    else:
+        for module, names in DESTRUCTIVE.items():
+            for name in names.split():
+                setattr(sys.modules[module], name, None)
     word = order["word"]
     source = order["program"]
     order.clear()

@@ -91,7 +91,7 @@ def test_children_do_not_outlive_the_program(tmp_path, monkeypatch, namespaces):
 def _without_namespaces(folder: Path) -> Path:
     """The warden on a kernel that refuses `unshare`."""
     source = sandbox.WARDEN.read_text()
-    assert source.count("libc.unshare(") == 2
+    assert source.count("libc.unshare(") == 3
     path = folder / "warden.py"
     path.write_text(source.replace("libc.unshare(", "(lambda flags: -1)("))
     return path
@@ -105,6 +105,35 @@ def test_the_network_is_out_of_reach():
     if "network" not in outcome.isolated:
         pytest.skip("this kernel allows no namespaces here")
     assert outcome.status == "failed"
+
+
+def test_our_files_are_out_of_reach(tmp_path):
+    mine = tmp_path / "results"
+    mine.write_text("a model")
+    program = f"import os\nos.remove({str(mine)!r})"
+    outcome = run(program)
+    if "files" not in outcome.isolated:
+        pytest.skip("this kernel allows no namespaces here")
+    assert outcome.status == "failed"
+    assert mine.exists()
+    assert run(f"open({str(tmp_path / 'new')!r}, 'w')").status == "failed"
+    remount = "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(None, b'/', None, 32 | 4096, None) == 0"
+    assert run(remount).status == "failed"
+    assert run("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')").status == "passed"
+
+
+def test_without_namespaces_the_worst_is_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "WARDEN", _without_namespaces(tmp_path))
+    mine = tmp_path / "results"
+    mine.write_text("a model")
+    outcome = run(f"import os\nos.remove({str(mine)!r})")
+    assert (outcome.status, outcome.isolated, mine.exists()) == ("failed", (), True)
+    assert run(f"import os\nos.kill({os.getpid()}, 0)").status == "failed"
+
+
+def test_a_program_hashes_alike_at_every_run_and_cannot_signal_its_warden():
+    assert len({run("raise ValueError(hash('abc'))").detail for _ in range(3)}) == 1
+    assert run("import os; os.kill(0, 9)").isolated
 
 
 def test_our_environment_is_not_passed_on(monkeypatch):
