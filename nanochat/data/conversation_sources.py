@@ -148,7 +148,7 @@ def identity(material: Material, count: int | None, stream: random.Random) -> It
             for greeting in dict.fromkeys(GREETINGS):
                 asked = greeting + (question[0].lower() + question[1:] if greeting.endswith((", ", ": ")) else question)
                 reply = ("Hello! " if greeting and stream.random() < 0.5 else "") + stream.choice(answers)
-                yield f"identity {subject} {asked}", _dialogue(asked, reply)
+                yield f"identity {subject} {question}", _dialogue(asked, reply)
 
 
 def read_jsonl(path: str | None, setting: str = "mixture.path") -> list[tuple[str, list[Message]]]:
@@ -164,10 +164,10 @@ def read_jsonl(path: str | None, setting: str = "mixture.path") -> list[tuple[st
                 if not raw.strip():
                     continue
                 try:
-                    messages = json.loads(raw.decode())
+                    messages = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
                     require_format(messages)
                     json.dumps(messages, ensure_ascii=False).encode()
-                except (ValueError, UnicodeError) as error:
+                except (ValueError, UnicodeError, RecursionError) as error:
                     reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
                     raise UserError(
                         f"{path}: line {number}: {reason}. Each line is a JSON list of {{role, content}}."

@@ -6,8 +6,8 @@ Reads  --config    results/config/conversations_mid.json (or _sft)
 Writes --out       train.bin (token ids), train.mask.npy (1: the assistant's tokens, which carry loss), train.idx.npy (where
                    conversations start), the same for validation, metrics.json
 
-The same seed gives the same bytes. A share is held out: by what a conversation asks for, so that no question of the
-validation part stands in the training part in any wording, in mid or in sft.
+The same seed gives the same bytes. A share is held out: by what a conversation asks for first, so that no conversation of the
+validation part stands in the training part in any wording, in mid or in sft; nor does any later question of it, in its own stage.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from nanochat.files import read_settings, write_json
 from nanochat.progress import Progress, say
 
 HELD_OUT = 0.05
+MANY = 200  # conversations of which some should be held out
 FORMAT = 1
 
 
@@ -104,6 +105,8 @@ def mixture(
             say(f"conversations {settings.stage}", f"{source.name}: gives none from this corpus")
         found += made
     train, validation = held_out(found, settings.seed)
+    if len(found) >= MANY and not validation:
+        say(f"conversations {settings.stage}", "none is held out: every one shares a question with others")
     stream = random.Random(f"{settings.seed} {settings.stage} order")
     stream.shuffle(train)
     stream.shuffle(validation)
@@ -111,19 +114,15 @@ def mixture(
 
 
 def held_out(conversations: list[Conversation], seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Split by a hash of what each asks for; a held-out one any of whose questions is also asked in training goes there too."""
+    """Split by a hash of what each asks for; a held-out one any of whose questions is also asked in training is dropped.
+
+    It does not go to training: the other stage, whose mixture shares other questions, may hold it out.
+    """
     train, validation = [], []
     for conversation in conversations:
         (validation if _share(conversation.key, seed) < HELD_OUT else train).append(conversation)
     asked = {question for conversation in train for question in conversation.questions}
-    while True:
-        leaked = [c for c in validation if not asked.isdisjoint(c.questions)]
-        if not leaked:
-            break
-        validation = [c for c in validation if asked.isdisjoint(c.questions)]
-        train += leaked
-        # Those that moved bring their other questions with them, so look again.
-        asked.update(question for conversation in leaked for question in conversation.questions)
+    validation = [conversation for conversation in validation if asked.isdisjoint(conversation.questions)]
     # Repetitions weigh in training; in validation they would only cost time.
     unique = {tuple(c.questions): c for c in validation}
     return train, list(unique.values())

@@ -20,7 +20,7 @@ from nanochat import command_settings, config
 from nanochat.data import huggingface
 from nanochat.data.corpus_files import Shard, as_line, read_shard, write_shards
 from nanochat.data.parallel import cpus, in_order
-from nanochat.data.text_files import Document, Piece, all_pieces, documents, expand, pieces_of
+from nanochat.data.text_files import SUFFIXES, Document, Piece, all_pieces, documents, expand, passed_over, pieces_of
 from nanochat.errors import UserError
 from nanochat.files import read_json, read_settings, sha256, write_json
 from nanochat.progress import Progress, say
@@ -96,12 +96,15 @@ def build(settings: command_settings.CorpusSettings, out: Path) -> None:
     results = _all_units(settings, units, work, settings.corpus.validation_fraction)
     if not any(done.validation for done in results):
         # A handful of documents: hold out the one with the lowest hash.
-        results = _all_units(settings, units, work, min(done.lowest for done in results))
+        results = _all_units(settings, units, work, min((done.lowest for done in results), default=0.0))
     if not any(done.validation for done in results) or not any(done.train for done in results):
         count = sum(shard.documents for done in results for shard in done.train + done.validation)
+        if not count:
+            limit = settings.corpus.max_bytes
+            raise UserError(f"corpus.max_bytes = {limit}: no document fits." if limit else "corpus: holds no text.")
         raise UserError(
             f"corpus.validation_fraction = {settings.corpus.validation_fraction}: of {count} documents that leaves no "
-            f"{'training' if count else ''} text. Give more documents{' or a smaller fraction' if count else ''}."
+            "training text. Give more documents or a smaller fraction."
         )
     manifest = _publish(settings, results, provenance, out, work)
     write_json(work / "complete.json", {"key": key, "manifest": manifest})
@@ -139,6 +142,12 @@ def _plan(settings: command_settings.CorpusSettings, work: Path) -> tuple[list[U
         provenance = {"repo_id": corpus.repo_id, "commit": files[0].commit, "files": listed}
         return [Unit(number, remote=file) for number, file in enumerate(files)], provenance
     pieces = local_pieces(corpus)
+    if corpus.source == "directory" and (others := passed_over(corpus.paths)):
+        some = ", ".join(str(path) for path in others[:3])
+        say(
+            "corpus",
+            f"passed over, for it reads {', '.join(SUFFIXES)} alone: {len(others):,} files, {some}{', ...' * (len(others) > 3)}",
+        )
     groups: list[list[Piece]] = []
     filled = 0
     for piece in pieces:

@@ -3,7 +3,7 @@
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from nanochat.data.chat import Message
@@ -37,7 +37,7 @@ Fact = tuple[str, list[str], list[str]]  # key, ways to ask, ways to answer
 
 def corpus_facts(material: "Material", count: int | None, stream: random.Random) -> Iterator[tuple[str, list[Message]]]:
     """Each fact with each way to ask for it; nothing, with a word, where the corpus has no such columns."""
-    facts = list(_facts(material.documents, stream))
+    facts = _unambiguous(_facts(material.documents, stream))
     if not facts:
         say(
             "conversations", "corpus_facts: skipped, the corpus has no columns such as title, president, author or date"
@@ -49,7 +49,7 @@ def corpus_facts(material: "Material", count: int | None, stream: random.Random)
 
 
 def _facts(documents: list[Document], stream: random.Random) -> Iterator[Fact]:
-    """Facts of all documents; a question that several documents answer differently is left out or answered with all."""
+    """Facts of all documents."""
     messages = [d for d in documents if d.metadata.get("president") and _year(d)]
     yield from _presidents(messages, stream)
     titled: dict[str, list[Document]] = defaultdict(list)
@@ -57,7 +57,21 @@ def _facts(documents: list[Document], stream: random.Random) -> Iterator[Fact]:
         if document.metadata.get("title") and not document.metadata.get("president"):
             titled[document.metadata["title"]].append(document)
     for title, group in titled.items():
-        yield from _titled(title, group[0])
+        for document in group:
+            yield from _titled(title, document)
+
+
+def _unambiguous(facts: Iterable[Fact]) -> list[Fact]:
+    """Without the questions that several documents answer differently."""
+    facts = list(facts)
+    answered: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for _, questions, answers in facts:
+        for question in questions:
+            answered[question].add(tuple(answers))
+    kept = [
+        (key, [question for question in questions if len(answered[question]) == 1], a) for key, questions, a in facts
+    ]
+    return [(key, questions, answers) for key, questions, answers in kept if questions]
 
 
 def _presidents(documents: list[Document], stream: random.Random) -> Iterator[Fact]:

@@ -15,6 +15,7 @@ from nanochat.files import read_json, require_checksum, sha256, whole_file
 
 # Text in a row group: what a reader must hold in memory at once.
 ROW_GROUP_BYTES = 8_000_000
+EXCERPT_GROUPS = 16  # of a shard that an excerpt is taken from, at most
 COLUMNS = ("text", "kind", *METADATA)
 
 
@@ -99,11 +100,14 @@ class Corpus:
 
     def shard_documents(self, shard: Shard) -> Iterator[Document]:
         """Documents of one shard, a row group in memory at a time. UserError when the shard is not what the manifest says."""
-        path = self.folder / shard.file
+        self._check(shard)
+        yield from read_shard(self.folder / shard.file)
+
+    def _check(self, shard: Shard) -> None:
         if shard.file not in self._checked:
+            path = self.folder / shard.file
             require_checksum(path, shard.size_bytes, shard.sha256, self.folder / "manifest.json", "corpus")
             self._checked.add(shard.file)
-        yield from read_shard(path)
 
     def documents(self, split: str) -> Iterator[Document]:
         """All documents of a split, in the order of the shards."""
@@ -111,26 +115,42 @@ class Corpus:
             yield from self.shard_documents(shard)
 
     def excerpt(self, split: str, limit_bytes: int, from_shards: int = 8) -> Iterator[Document]:
-        """Documents of about `limit_bytes` in all, the first ones of shards spread over the corpus; all when there is no more."""
+        """Documents of about `limit_bytes` in all, from row groups spread over shards spread over the corpus; all when there is no more.
+
+        A corpus of several sources has them one after the other: the first documents are of the first source.
+        """
         shards = self.split(split)
-        if self.text_bytes(split) > limit_bytes:
-            shards = shards[:: max(1, len(shards) // from_shards)]
+        if self.text_bytes(split) <= limit_bytes:
+            yield from self.documents(split)
+            return
+        shards = shards[:: max(1, len(shards) // from_shards)]
         for shard in shards:
-            left = limit_bytes / len(shards) if self.text_bytes(split) > limit_bytes else float("inf")
-            for document in self.shard_documents(shard):
-                left -= len(document.text.encode())
-                yield document
-                if left <= 0:
-                    break
+            self._check(shard)
+            share = limit_bytes / len(shards)
+            with pq.ParquetFile(self.folder / shard.file) as file:
+                count = file.metadata.num_row_groups
+                wanted = min(count, EXCERPT_GROUPS)
+                groups = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+                for group in groups:
+                    left = share / wanted
+                    for document in _row_group(file, group):
+                        left -= len(document.text.encode())
+                        yield document
+                        if left <= 0:
+                            break
 
 
 def read_shard(path: Path) -> Iterator[Document]:
     """The documents of a shard that this package wrote."""
     with pq.ParquetFile(path) as file:
         for group in range(file.metadata.num_row_groups):
-            for row in file.read_row_group(group).to_pylist():
-                text, kind = row.pop("text"), row.pop("kind")
-                yield Document(text, kind, {name: value for name, value in row.items() if value is not None})
+            yield from _row_group(file, group)
+
+
+def _row_group(file: pq.ParquetFile, group: int) -> Iterator[Document]:
+    for row in file.read_row_group(group).to_pylist():
+        text, kind = row.pop("text"), row.pop("kind")
+        yield Document(text, kind, {name: value for name, value in row.items() if value is not None})
 
 
 def as_line(shard: Shard, file: str) -> dict:

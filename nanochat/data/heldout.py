@@ -14,6 +14,7 @@ LETTERS = "ABCD"
 # Held-out text that the items are drawn from, at most.
 TEXT_BYTES = 20_000_000
 CLOZE_CONTEXT_WORDS = (20, 90)
+NEIGHBOURS = 40  # in the order of frequency, from which wrong words are drawn
 CHOICE_CONTEXT_WORDS = 8  # at least, where the next word is asked for
 
 
@@ -93,6 +94,7 @@ def _clozes(passages: Passages, source: random.Random) -> Iterator[ClozeItem | N
 def _choices(passages: Passages, source: random.Random) -> Iterator[ChoiceItem | None]:
     draw = passages.drawer(source)
     vocabulary = frequent_words(passages.counts, 4000)
+    ranks = {word: rank for rank, word in enumerate(vocabulary)}
     for turn in range(10**12):
         if turn % 2:
             before, right = draw(1)
@@ -106,11 +108,21 @@ def _choices(passages: Passages, source: random.Random) -> Iterator[ChoiceItem |
             continue
         place = source.randrange(max(CHOICE_CONTEXT_WORDS, len(tokens) // 2), len(tokens))
         right = tokens[place].strip(".,;:!?\"“”‘’'()").lower()
-        if len(right) < 4 or not right.isalpha() or len(vocabulary) < 50:
+        if right not in ranks or len(vocabulary) < 50:
             yield None
             continue
-        wrong = source.sample(vocabulary, len(LETTERS) - 1)
+        wrong = _as_frequent(vocabulary, ranks[right], source)
         yield _item("word", " ".join(tokens[:place]), right, wrong, source)
+
+
+def _as_frequent(vocabulary: list[str], rank: int, source: random.Random) -> list[str]:
+    """Three other words about as frequent as the one of this rank, so that frequency alone tells nothing: it is as often the most
+    frequent of the four as the second, third or least."""
+    above, below = vocabulary[max(0, rank - NEIGHBOURS) : rank], vocabulary[rank + 1 : rank + 1 + NEIGHBOURS]
+    wanted = len(LETTERS) - 1
+    more = min(source.randrange(wanted + 1), len(above))
+    more = max(more, wanted - len(below))
+    return source.sample(above, more) + source.sample(below, wanted - more)
 
 
 def _item(style: str, context: str, right: str, wrong: list[str], source: random.Random) -> ChoiceItem | None:

@@ -50,10 +50,10 @@ def expand(paths: list[str], setting: str) -> list[Path]:
     """The text files behind files, folders and globs, sorted within each entry, each once. UserError when there is none."""
     if not paths:
         raise UserError(f"{setting} = []: empty. Give files, folders or globs of {', '.join(SUFFIXES)}.")
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by their true path: one file may be named in several ways
     for entry in paths:
         path = Path(entry).expanduser()
-        if any(character in entry for character in "*?["):
+        if any(character in entry for character in "*?[") and not path.exists():
             files = [Path(name) for name in glob.glob(str(path), recursive=True)]
             files = [file for file in files if file.is_file() and file.suffix in SUFFIXES]
             absent = "matches no file"
@@ -71,8 +71,19 @@ def expand(paths: list[str], setting: str) -> list[Path]:
             raise UserError(f"{setting} = {entry!r}: no such file or folder (looked for {path.absolute()}).")
         if not files:
             raise UserError(f"{setting} = {entry!r}: {absent} that ends in {', '.join(SUFFIXES)}.")
-        found.update(dict.fromkeys(sorted(files)))
-    return list(found)
+        for file in sorted(files):
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def passed_over(paths: list[str]) -> list[Path]:
+    """Files of the folders in `paths` that are read by nobody, for they end in something else: said, lest they are missed."""
+    found = []
+    for folder in (Path(entry).expanduser() for entry in paths):
+        if folder.is_dir():
+            found += [file for file in folder.rglob("*") if file.is_file() and file.suffix not in SUFFIXES]
+            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return sorted(found)
 
 
 def kind_of(path: Path) -> str:
@@ -172,15 +183,16 @@ def _parquet(piece: Piece, text_column: str) -> Iterator[Document]:
 def _json_lines(piece: Piece, text_column: str) -> Iterator[Document]:
     for offset, raw in _lines(piece):
         line = _decoded(piece.path, offset, raw)
+        if offset == 0:
+            line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
         where = f"{piece.path}: byte {offset:,}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: this line is not JSON ({error.msg}). Each line must be one JSON object."
-            ) from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+            raise UserError(f"{where}: this line is not JSON ({reason}). Each line must be one JSON object.") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: this line holds a {type(record).__name__}. Each line must be one JSON object.")
         if text_column not in record:
@@ -188,6 +200,8 @@ def _json_lines(piece: Piece, text_column: str) -> Iterator[Document]:
                 f"{where}: corpus.text_column = {text_column!r}: this line has no such key. It has: {', '.join(record)}."
             )
         text = record[text_column]
+        if text is None:
+            continue
         if not isinstance(text, str):
             raise UserError(f"{where}: key {text_column!r} holds a {type(text).__name__}. It must be a string.")
         try:

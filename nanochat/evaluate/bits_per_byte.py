@@ -18,20 +18,20 @@ def bits_per_byte(model: GPT, shards: TokenShards, token_bytes: np.ndarray, most
     """Score and number of tokens that were predicted.
 
     Rows of the model's training length, end to end; each token but the very first is predicted once, from what stands before
-    it in its row. Special tokens stand for no text: neither their bits nor their 0 bytes count.
+    it in its row. Of a split with more than `most_tokens`, whole rows spread evenly over it: a corpus of several sources has them one
+    after the other. Special tokens stand for no text: neither their bits nor their 0 bytes count.
 
     token_bytes  (V,) int64, bytes of text of each token
-    most_tokens  of the split, from its start
     """
-    total = min(shards.total_tokens, most_tokens + 1)
+    total = shards.total_tokens
     if total < 2:
         raise UserError(f"{shards.folder}: {shards.total_tokens} held-out tokens are too few to score. Give more text.")
     bytes_of = torch.from_numpy(token_bytes).to(model.device)
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
     counted = torch.zeros((), dtype=torch.int64, device=model.device)
-    progress = Progress("evaluate bits_per_byte", total - 1, "token")
+    progress = Progress("evaluate bits_per_byte", min(total - 1, most_tokens), "token")
     done = 0
-    for rows in _rows(shards, total, model.config.sequence_length, PASS_TOKENS[model.device.type]):
+    for rows in _rows(shards, most_tokens, model.config.sequence_length, PASS_TOKENS[model.device.type]):
         tokens = torch.from_numpy(rows).to(model.device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         losses = model(inputs, targets, reduction="none")  # (B, T) nats
@@ -42,16 +42,18 @@ def bits_per_byte(model: GPT, shards: TokenShards, token_bytes: np.ndarray, most
         progress.update(done)
     if int(counted) == 0:
         raise UserError(f"{shards.folder}: the held-out tokens stand for no text at all. Run the target `tokens`.")
-    return float(nats) / math.log(2) / int(counted), total - 1
+    return float(nats) / math.log(2) / int(counted), done
 
 
-def _rows(shards: TokenShards, total: int, length: int, pass_tokens: int) -> Iterator[np.ndarray]:
+def _rows(shards: TokenShards, most_tokens: int, length: int, pass_tokens: int) -> Iterator[np.ndarray]:
     """(B, T + 1) int64: neighbouring rows share a token, which is the last target of one and the first input of the next."""
-    whole = (total - 1) // length
-    batch = max(1, pass_tokens // length)
-    for first in range(0, whole, batch):
-        rows = min(batch, whole - first)
-        tokens = shards.read(first * length, rows * length + 1).astype(np.int64)
-        yield np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(rows)])
-    if rest := (total - 1) % length:
+    targets = shards.total_tokens - 1
+    whole, batch = targets // length, max(1, pass_tokens // length)
+    wanted = whole if targets <= most_tokens else min(whole, max(1, most_tokens // length))
+    for first in range(0, wanted, batch):
+        places = [row * whole // wanted for row in range(first, min(first + batch, wanted))]
+        yield np.stack([shards.read(row * length, length + 1).astype(np.int64) for row in places])
+    if targets <= most_tokens and (rest := targets % length):
         yield shards.read(whole * length, rest + 1).astype(np.int64)[None]
+    elif not whole:
+        yield shards.read(0, most_tokens + 1).astype(np.int64)[None]

@@ -37,6 +37,10 @@ ROWS = {"cuda": 192, "cpu": 32}
 CACHE_SHARE = 0.5  # of the memory that is free, for the engine
 
 
+class NoItems(Exception):
+    """The text is of a kind that a task cannot be made from, code for example, or another script."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="settings of this stage (JSON)")
     parser.add_argument("--model", required=True, help="folder of the trained stage")
@@ -78,7 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
             written = samples(engine, tokenizer, own, chat, settings.seed)
             say(f"evaluate {stage}", f"samples: {len(written)}")
             continue
-        score = tasks[name]()
+        try:
+            score = tasks[name]()
+        except NoItems as error:  # of what the others measured nothing is lost
+            say(f"evaluate {stage}", f"{name}: left out: {error}")
+            results[name] = {"score": None, "baseline": None, "items": 0, "skipped": str(error)}
+            continue
         results[name] = score.as_json(time.monotonic() - begun)
         chance = "" if score.baseline is None else f" (chance {score.baseline:.4g})"
         say(f"evaluate {stage}", f"{name}: {score.score:.4g} {score.unit}{chance}, {score.items:,} items")
@@ -124,7 +133,7 @@ def _bits_per_byte(model: GPT, tokenizer: Tokenizer, folder: str, most_tokens: i
 
 def _items(items: list, task: str) -> list:
     if not items:
-        raise UserError(
-            f"evaluate.tasks: {task}: the held-out text gives no item. Give more text, or leave the task out."
+        raise NoItems(
+            f"the held-out text gives no item of {task}: it is made of sentences in Latin letters, of several documents"
         )
     return items

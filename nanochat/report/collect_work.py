@@ -123,7 +123,7 @@ def scores(run: Run, numbers: Numbers) -> None:
             ends = task.get("interval") if isinstance(task.get("interval"), list) else []
             ends = [number(end) for end in ends]
             around = ends if len(ends) == 2 and None not in ends else None
-            about = {"device": device, "method": method, "missing": "not scored"}
+            about = {"device": device, "method": method, "missing": text(task.get("skipped")) or "not scored"}
             numbers.add("scores", name, stage, score, unit, **about, interval=around)
             centred = next((task[key] for key in CENTRED if key in task), None)
             if centred is not None:

@@ -130,7 +130,8 @@ def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namesp
         f"{steps:,} steps of {train.tokens_per_step:,} tokens, {batches['device_batch_size']} rows a micro-batch, "
         f"{str(model.compute_dtype).removeprefix('torch.')} on {ranks.size} x {hardware.device_name(ranks.device)}"
     )
-    for remark in _remarks(settings, steps, inputs.loader.rows_per_epoch * train.sequence_length):
+    epoch = inputs.loader.rows_per_epoch * train.sequence_length
+    for remark in _remarks(settings, steps, epoch, getattr(inputs.loader, "truncated", 0)):
         tell(remark)
     trainer = Trainer(
         settings,
@@ -254,13 +255,19 @@ def _steps(settings: command_settings.TrainingSettings, model: GPT, loader: Step
     return max(1, math.ceil(train.epochs * loader.rows_per_epoch / loader.rows_per_step))
 
 
-def _remarks(settings: command_settings.TrainingSettings, steps: int, epoch_tokens: int) -> list[str]:
+def _remarks(
+    settings: command_settings.TrainingSettings, steps: int, epoch_tokens: int, truncated: int = 0
+) -> list[str]:
     """What is allowed, and probably not meant."""
     train, key, found = settings.train, f"train.{settings.stage}", []
     if isinstance(train, config.ChatStage) and steps < FEW_STEPS:
         found.append(
             f"only {steps} step{'s' * (steps > 1)}: an epoch of {key}.mixture has {epoch_tokens:,} tokens, a step takes "
             f"{train.tokens_per_step:,}. More conversations, more epochs or a smaller tokens_per_step give more"
+        )
+    if truncated:
+        found.append(
+            f"{truncated:,} conversations are longer than {key}.sequence_length = {train.sequence_length} and were cut"
         )
     if train.profile_steps and train.profile_steps[0] > steps:
         found.append(
@@ -316,6 +323,7 @@ def _metrics(
         "val_bpb": history.val_bpb[-1][1] if history.val_bpb else None,
         "val_bpb_curve": [{"step": step, "val_bpb": bpb} for step, bpb in history.val_bpb],
         "padding_fraction": padding_fraction,
+        "truncated_conversations": getattr(trainer.loader, "truncated", None),
         "restarts": history.restarts,
         "skipped_steps": history.skipped_steps,
         "commit": version.commit(),

@@ -173,6 +173,27 @@ def test_a_run_keeps_the_settings_that_it_began_with(fresh_checkout):
     assert not (fresh_checkout.folder / "elsewhere").exists()
 
 
+def test_an_edited_text_makes_the_corpus_anew(fresh_checkout):
+    own = fresh_checkout.folder / "own"
+    own.mkdir()
+    for name in "ab":
+        (own / f"{name}.jsonl").write_text(
+            "".join(f'{{"text": "{name} {i} {i * 7919 % 9973}"}}\n' for i in range(3000))
+        )
+    fresh_checkout.configure(
+        fresh_checkout.settings.replace("source: bundled, max_bytes: 1500000,", "source: directory, paths: [own/],")
+    )
+    corpus = fresh_checkout.snakemake("corpus")
+    fresh_checkout.run(*corpus)
+    assert "Nothing to be done" in fresh_checkout.run(*corpus, "-n")
+    with open(own / "a.jsonl", "a") as file:
+        file.write('{"text": "one more"}\n')
+    assert jobs_of(fresh_checkout.run(*corpus, "-n")) == {"corpus"}
+    fresh_checkout.run(*corpus)
+    (own / "b.jsonl").unlink()
+    assert jobs_of(fresh_checkout.run(*corpus, "-n")) == {"corpus"}
+
+
 def test_another_results_folder_holds_the_jobs_too(checkout):
     checkout.run(*checkout.snakemake("corpus", "--config", "results=elsewhere"))
     assert (checkout.folder / "elsewhere/corpus/manifest.json").is_file()

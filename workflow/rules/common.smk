@@ -7,6 +7,7 @@ from pathlib import Path
 from nanochat.check import check
 from nanochat.config import TRAINED_STAGES
 from nanochat.config_files import load, write_run_settings, write_stage_settings
+from nanochat.data.text_files import expand as expand_paths
 from nanochat.errors import UserError
 from snakemake_executor_plugin_submitit.ledger import has_open_jobs
 from snakemake_executor_plugin_submitit.stale_lock import (
@@ -51,6 +52,23 @@ except UserError as error:
     # A WorkflowError would wrap the message in places of this file.
     logger.error(str(error))
     sys.exit(2)
+
+
+def own_texts(wildcards):
+    """The user's text files: one that is new, gone or changed makes the corpus anew."""
+    own = run.corpus.source == "directory"
+    return nameable(expand_paths(run.corpus.paths, "corpus.paths") if own else [])
+
+
+def own_conversations(wildcards):
+    """The user's conversation files of a stage."""
+    mixture = getattr(run.train, wildcards.stage).mixture
+    return nameable(source.path for source in mixture if source.path)
+
+
+def nameable(paths):
+    """Without those that Snakemake would take for patterns: it has no way to quote a brace."""
+    return [str(path) for path in paths if not {"{", "}"} & set(str(path))]
 
 
 def threads_of(stage):

@@ -2,6 +2,7 @@ rule corpus:
     """Raw text to shards of a bounded size; the validation shards share no document with the others."""
     input:
         config="<results>/config/corpus.json",
+        texts=own_texts,
     output:
         manifest="<results>/corpus/manifest.json",
     log:
@@ -19,6 +20,7 @@ rule make_conversations:
     """The conversations of mid or sft, made and encoded."""
     input:
         config="<results>/config/conversations_{stage}.json",
+        own=own_conversations,
         manifest="<results>/corpus/manifest.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
     output:

@@ -10,10 +10,10 @@ import pytest
 
 from nanochat import command_settings, config
 from nanochat.cli import main
-from nanochat.data import conversations, corpus
+from nanochat.data import conversations, corpus, corpus_facts
 from nanochat.data.chat import parts_of, require_format, text_of
 from nanochat.data.conversation_files import Conversations
-from nanochat.data.conversation_sources import Conversation, Material, make, normal, read_jsonl
+from nanochat.data.conversation_sources import IDENTITY, Conversation, Material, make, normal, read_jsonl
 from nanochat.data.corpus_files import Corpus
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
@@ -73,7 +73,9 @@ def test_mid_and_sft_hold_out_the_same(corpus_folder):
         assert not trained & {c.key for c in sides[other][1]}
 
 
-def test_a_chain_of_shared_questions_moves_to_training():
+def test_a_held_out_conversation_with_a_question_of_training_is_in_neither():
+    """Were it trained on, the other stage could hold it out: its mixture may not ask that question elsewhere."""
+
     def say(*texts):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         return Conversation("jsonl", normal(texts[0]), messages)
@@ -84,8 +86,30 @@ def test_a_chain_of_shared_questions_moves_to_training():
     one, two, three = held[:3]
     everything = [say(kept, "a", two, "b"), say(two, "a", one.upper() + "?", "b"), say(one, "a"), say(three, "a")]
     train, validation = conversations.held_out(everything, seed=1)
-    assert [c.key for c in validation] == [three]
-    assert len(train) == 3  # what moved is not lost
+    assert [c.key for c in validation] == [one, three]
+    assert [c.key for c in train] == [kept]
+    alone = conversations.held_out(everything[1:], seed=1)
+    assert alone[0] == []
+    assert two in [c.key for c in alone[1]]
+
+
+def test_an_identity_question_is_held_out_with_every_greeting(corpus_folder):
+    settings = command_settings.ConversationsSettings(stage="mid", seed=1, mixture=[config.Source(name="identity")])
+    train, validation = conversations.mixture(settings, Corpus.open(corpus_folder))
+    known = {question for subject in IDENTITY.values() for question in map(normal, subject[0])}
+    asked = [{next(one for one in known if c.questions[0].endswith(one)) for c in side} for side in (train, validation)]
+    assert validation
+    assert not asked[0] & asked[1]
+
+
+def test_a_question_with_several_answers_is_not_asked():
+    facts = [
+        ("a", ["Who wrote X?", "By whom is X?"], ["A."]),
+        ("b", ["Who wrote X?"], ["B."]),
+        ("c", ["When?"], ["1."]),
+    ]
+    kept = corpus_facts._unambiguous(facts)
+    assert kept == [("a", ["By whom is X?"], ["A."]), ("c", ["When?"], ["1."])]
 
 
 def test_the_same_seed_gives_the_same_and_another_does_not(corpus_folder, mixed):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import command_settings, config
-from nanochat.data import corpus
+from nanochat.data import corpus, corpus_files
 from nanochat.data.corpus_files import Corpus
 from nanochat.errors import UserError
 
@@ -216,3 +216,28 @@ def test_real_books_as_a_directory_source(tmp_path, data_folder, directory_setti
 
 def _set_times(path, stat):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_an_excerpt_is_of_all_sources(tmp_path, directory_settings, monkeypatch):
+    """They stand one after the other: the first documents of a shard are those of the first source."""
+    monkeypatch.setattr(corpus_files, "ROW_GROUP_BYTES", 20_000)
+    for name in "abcd":
+        lines = [json.dumps({"text": f"{name} {i} " + "word " * 100}) for i in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    corpus.build(directory_settings(tmp_path, validation_fraction=0.05), tmp_path / "out")
+    opened = Corpus.open(tmp_path / "out")
+    found = list(opened.excerpt("train", 100_000))
+    assert {document.text[0] for document in found} == set("abcd")
+    assert 60_000 < sum(len(document.text) for document in found) < 200_000
+    assert len(list(opened.excerpt("train", 10**9))) == sum(shard.documents for shard in opened.split("train"))
+
+
+def test_files_that_nobody_reads_are_named(tmp_path, directory_settings, capfd):
+    (tmp_path / "own/.cache").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl.gz", "C.JSONL", ".cache/d.bin"):
+        (tmp_path / "own" / name).write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(100)))
+    corpus.build(directory_settings(tmp_path / "own"), tmp_path / "out")
+    said = capfd.readouterr().err
+    assert "2 files" in said
+    assert "C.JSONL" in said
+    assert ".cache" not in said

@@ -57,7 +57,17 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_the_vocabulary(tmp_path, b
     ids = list(range(200))
     score, predicted = bits_per_byte(model, stored(tmp_path, ids, 265), tokenizer.token_bytes(), 100)
     assert score == pytest.approx(math.log2(tokenizer.vocab_size), rel=1e-5)
-    assert predicted == 100
+    assert predicted == 96  # whole rows of 48
+
+
+@pytest.mark.parametrize(("most", "first"), [(100, [0, 480]), (20, None), (300, [0, 144, 288, 480, 624, 768])])
+def test_a_part_of_the_split_is_spread_over_it(tmp_path, build_model, tokenizer, monkeypatch, most, first):
+    """A corpus of several sources has them one after the other."""
+    shards, places, read = stored(tmp_path, [65] * 1000, 265), [], TokenShards.read
+    monkeypatch.setattr(TokenShards, "read", lambda self, at, count: places.append(at) or read(self, at, count))
+    _, predicted = bits_per_byte(build_model(tokenizer.vocab_size), shards, tokenizer.token_bytes(), most)
+    assert places == (first or [0])
+    assert predicted == 48 * len(places)
 
 
 def test_cloze_counts_what_greedy_decoding_completes(build_model, tokenizer):

@@ -7,6 +7,7 @@ from nanochat.cli import main
 from nanochat.command_settings import stage_settings
 from nanochat.config import Config
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.evaluate import suite
 from nanochat.model.files import save_model
 
 TASKS = ("bits_per_byte", "cloze", "multiple_choice", "humaneval")
@@ -74,6 +75,18 @@ def test_scores_are_the_same_at_every_run(run_folder):
     for task in TASKS:
         assert first["tasks"][task]["score"] == second["tasks"][task]["score"]
         assert math.isfinite(first["tasks"][task]["score"])
+
+
+def test_a_task_that_the_text_gives_nothing_for_is_left_out_and_the_others_stay(run_folder, monkeypatch, capfd):
+    """Code, or another script: it showed after the training, and took the other scores with it."""
+    monkeypatch.setattr(suite.heldout, "cloze_items", lambda *_: [])
+    assert evaluate(run_folder, "base", "without.json") == 0
+    tasks = json.loads((run_folder / "without.json").read_text())["tasks"]
+    assert (tasks["cloze"]["score"], tasks["cloze"]["items"]) == (None, 0)
+    assert "no item of cloze" in tasks["cloze"]["skipped"]
+    assert "cloze: left out" in capfd.readouterr().err
+    assert tasks["bits_per_byte"]["score"] > 0
+    assert tasks["humaneval"]["items"] == 4
 
 
 def test_the_tokenizer_of_another_run_is_refused(run_folder, build_model, capsys):

@@ -79,6 +79,9 @@ def test_what_is_probably_not_meant_is_said():
     few, late = stages._remarks(every["sft"], 1, 30_000)
     assert "only 1 step: an epoch of train.sft.mixture has 30,000 tokens, a step takes 65,536" in few
     assert "train.sft.profile_steps = [20, 22]: the training ends at step 1" in late
+    (cut,) = stages._remarks(every["mid"], 200, 9_000_000, truncated=1234)
+    assert "1,234 conversations are longer than train.mid.sequence_length = 2048 and were cut" in cut
+    every = stage_settings(load({}))
     assert stages._remarks(every["sft"], 200, 9_000_000) == stages._remarks(every["base"], 3, 100) == []
 
 
