@@ -84,24 +84,30 @@ def read_settings(path: str | Path, kind: type[Model]) -> Model:
 
 
 def append_json_line(path: str | Path, content: Any) -> None:
-    """Add one line with one write, so that lines of two processes never mix."""
+    """Add one line with one write, so that lines of two processes never mix; one that a kill has cut off keeps its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (("\n" if torn else "") + line).encode())
     finally:
         os.close(descriptor)
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
-    """All lines; a last line without its newline was cut off by a kill and is left out. A missing file has no lines."""
+    """All lines but those that a kill has cut off. A missing file has no lines."""
     try:
         lines = Path(path).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.strip()]
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def sha256(path: str | Path) -> str:

@@ -166,6 +166,8 @@ def read_jsonl(path: str | None, setting: str = "mixture.path") -> list[tuple[st
                 try:
                     messages = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
                     require_format(messages)
+                    if not any(message["role"] == "assistant" for message in messages):
+                        raise ValueError("no answer of the assistant, so nothing to learn")
                     json.dumps(messages, ensure_ascii=False).encode()
                 except (ValueError, UnicodeError, RecursionError) as error:
                     reason = "not UTF-8" if isinstance(error, UnicodeError) else str(error)

@@ -260,3 +260,5 @@ def _remove_stale(out: Path, shards: list[TokenShard]) -> None:
         for path in out.glob(pattern):
             if path.name.split(".")[0] not in wanted:
                 path.unlink()
+    for path in out.glob(".*.tmp"):  # of an attempt that was killed
+        path.unlink(missing_ok=True)

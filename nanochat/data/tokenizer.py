@@ -38,7 +38,7 @@ SPECIAL_TOKENS = (
 FORMAT = 1
 # The pattern backtracks over white space; some 500,000 characters of it in one run overflow the regex engine's stack.
 LONGEST_SPACE = 100_000
-_LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE}}}")
+_SPACE = re.compile(r"\s+")  # greedy, and its length looked at afterwards: a count in the pattern would make long runs quadratic
 
 
 class Tokenizer:
@@ -144,9 +144,10 @@ def segments(text: str) -> Iterator[str]:
         yield text
         return
     start = 0
-    for match in _LONG_SPACE.finditer(text):
-        yield text[start : match.end()]
-        start = match.end()
+    for run in _SPACE.finditer(text):
+        for end in range(run.start() + LONGEST_SPACE, run.end() + 1, LONGEST_SPACE):
+            yield text[start:end]
+            start = end
     if start < len(text) or start == 0:
         yield text[start:]
 

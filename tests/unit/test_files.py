@@ -92,6 +92,8 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"st')
     assert read_json_lines(path) == [{"step": 1}]
+    append_json_line(path, {"step": 2})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_missing_or_broken_json_is_named(tmp_path):
