@@ -27,7 +27,7 @@ DEFAULTS = (
     "# Settings of a run; this file is the full-size one for A100s. Every key may be left out, its value here is the default.\n"
     "# profiles/local/settings.yaml overlays it with a model that a laptop trains in minutes.\n"
     "# A stage runs again when one of its own keys changes, and then what depends on it; keys that change only how it runs\n"
-    "# (GPUs, checkpoints, trackers, ...) leave what is finished. Comments change nothing.\n\n"
+    "# (checkpoints, validations, trackers, workers, ...) leave what is finished. Comments change nothing.\n\n"
 )
 OF_A_RUN = (
     "# All settings of a run, as its driver merged them: what its jobs read, whatever config.yaml says by then.\n\n"

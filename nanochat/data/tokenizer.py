@@ -38,7 +38,9 @@ SPECIAL_TOKENS = (
 FORMAT = 1
 # The pattern backtracks over white space; some 500,000 characters of it in one run overflow the regex engine's stack.
 LONGEST_SPACE = 100_000
-_SPACE = re.compile(r"\s+")  # greedy, and its length looked at afterwards: a count in the pattern would make long runs quadratic
+_SPACE = re.compile(
+    r"\s+"
+)  # greedy, and its length looked at afterwards: a count in the pattern would make long runs quadratic
 
 
 class Tokenizer:

@@ -95,7 +95,6 @@ def test_a_training_on_two_nodes_that_is_preempted_has_the_curve_of_an_undisturb
     )
     profile = checkout / "profiles/artemis/config.yaml"
     profile.write_text(re.sub(r"(  base:\n(?:    .*\n)*?    gpu): 1", r"\1: 2", profile.read_text()))
-    shutil.rmtree(checkout / "results/base", ignore_errors=True)  # other nodes alone would leave a finished one as it is
     finish(start(cluster, checkout, "base"), checkout, 400)
     undisturbed = losses(checkout)
     shutil.rmtree(checkout / "results/base")
@@ -107,7 +106,7 @@ def test_a_training_on_two_nodes_that_is_preempted_has_the_curve_of_an_undisturb
     base = [r for r in ledger.read_attempts(checkout / "results/jobs/ledger.jsonl") if r["rule"] == "base"]
     assert [record["state"] for record in base[-2:]] == ["PREEMPTED", "COMPLETED"]
     assert base[-2]["exit_code"] == 85
-    assert all(len(record["node_names"]) == 2 for record in base[-3:])  # what the test before it ran was on one
+    assert all(len(record["node_names"]) == 2 for record in base[-3:])  # the run before this test's was on one
     assert "2 x" in (checkout / "results/base/base.log").read_text()
     assert losses(checkout) == undisturbed
     MEASURED.extend((request.node.name, line) for line in recoveries(base[-2:]))

@@ -4,6 +4,7 @@ The tests share one working copy and build on each other in the order they stand
 """
 
 import json
+import random
 import re
 import time
 
@@ -112,7 +113,7 @@ def test_what_decides_only_how_a_stage_runs_leaves_what_is_finished(checkout):
     checkout.configure(fewer)
     assert jobs_of(checkout.run(*checkout.snakemake("-n"))) == {"report"}
     checkout.configure(settings.replace('cache: ""', 'cache: "", margin: 0.2'))
-    assert jobs_of(checkout.run(*checkout.snakemake("-n"))) == {"batch_size_plan", "run_benchmark", "report"}
+    assert {"batch_size_plan", "base", "sft", "report"} <= jobs_of(checkout.run(*checkout.snakemake("-n")))
     checkout.configure(checkout.settings)
     assert "Nothing to be done" in checkout.run(*checkout.snakemake("-n"))
 
@@ -176,10 +177,10 @@ def test_a_run_keeps_the_settings_that_it_began_with(fresh_checkout):
 def test_an_edited_text_makes_the_corpus_anew(fresh_checkout):
     own = fresh_checkout.folder / "own"
     own.mkdir()
+    words = ["".join(random.Random(i).choices("abcdefghijklmnop", k=3 + i % 7)) for i in range(900)]
     for name in "ab":
-        (own / f"{name}.jsonl").write_text(
-            "".join(f'{{"text": "{name} {i} {i * 7919 % 9973}"}}\n' for i in range(3000))
-        )
+        texts = (" ".join(random.Random(f"{name}{i}").choices(words, k=40)) for i in range(1000))
+        (own / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     fresh_checkout.configure(
         fresh_checkout.settings.replace("source: bundled, max_bytes: 1500000,", "source: directory, paths: [own/],")
     )

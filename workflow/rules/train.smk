@@ -1,14 +1,15 @@
 # Checkpoints and log.jsonl are no outputs: Snakemake deletes declared outputs at each attempt, and a killed or requeued
 # job must go on from its newest valid checkpoint.
 #
-# A plan decides how fast a stage trains, not what comes of it: a newer one (`ancient`) leaves a finished stage alone.
+# A newer plan trains a finished stage again although it decides only how fast: with `ancient` Snakemake (9.27) passes over a stage
+# without outputs too, where its plan is made anew in the same run.
 
 
 rule base:
     """Pretraining."""
     input:
         config="<results>/config/base.json",
-        plan=ancient("<results>/batch_size/base.json"),
+        plan="<results>/batch_size/base.json",
         tokens="<results>/tokens/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
     output:
@@ -41,7 +42,7 @@ rule mid:
     """Midtraining: the chat format, multiple choice and tool use, from the base model."""
     input:
         config="<results>/config/mid.json",
-        plan=ancient("<results>/batch_size/mid.json"),
+        plan="<results>/batch_size/mid.json",
         model="<results>/base/model.safetensors",
         conversations="<results>/conversations/mid/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
@@ -76,7 +77,7 @@ rule sft:
     """Supervised finetuning on conversations, from the midtrained model."""
     input:
         config="<results>/config/sft.json",
-        plan=ancient("<results>/batch_size/sft.json"),
+        plan="<results>/batch_size/sft.json",
         model="<results>/mid/model.safetensors",
         conversations="<results>/conversations/sft/metrics.json",
         tokenizer="<results>/tokenizer/tokenizer.json",
