@@ -130,6 +130,10 @@ def scores(run: Run, numbers: Numbers) -> None:
                 numbers.add(
                     "scores", name, f"{stage}_centred", number(centred), "fraction", device=device, method=method
                 )
+            if without := text(task.get("sandbox_without")):
+                run.note(
+                    f"`evaluate/{stage}.json`: {name} ran programs of the model without a namespace for {without}: not allowed there."
+                )
             if task:
                 numbers.add("scores", name, f"{stage}_seconds", number(task.get("seconds")), "seconds", method=method)
 

@@ -197,7 +197,10 @@ def _stage_files(w: Writer) -> None:
                         **{"score": 0.24 + 0.05 * kind, "interval": [0.201 + 0.05 * kind, 0.279 + 0.05 * kind]},
                         **{"baseline": 0.25, "centred_score": 0.05, **task},
                     },
-                    "humaneval": {"score": 0.0, "baseline": 0.0, "centred_score": 0.0, "items": 164, "seconds": 90.0},
+                    "humaneval": {
+                        **{"score": 0.0, "baseline": 0.0, "centred_score": 0.0, "items": 164, "seconds": 90.0},
+                        "sandbox_without": ["files"] if stage == "sft" else [],
+                    },
                 },
                 "samples": [
                     {

@@ -150,6 +150,13 @@ def test_json_that_no_reader_can_hold_is_left_out(tmp_path):
     build(tmp_path, Cost(), 1.0)
 
 
+def test_a_sandbox_with_holes_is_said(run):
+    notes = [line for line in page(run[0]).splitlines() if "without a namespace" in line]
+    assert notes == [
+        "- `evaluate/sft.json`: humaneval ran programs of the model without a namespace for files: not allowed there."
+    ]
+
+
 def test_a_smoothed_curve_keeps_a_line_and_does_not_end_in_a_single_value():
     line = [3 - 0.01 * i for i in range(200)]
     assert figures._smooth(line, 5) == pytest.approx(line)
