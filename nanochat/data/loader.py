@@ -30,11 +30,15 @@ class StepLoader(Protocol):
 class PretrainLoader:
     """Rows of T + 1 tokens cut from the corpus end to end (the last target is the next row's first input).
 
-    seed None: rows in the order of the text, for validation.
+    seed None: rows in the order of the text, for validation; the first `spread` of them lie evenly over all of it, since a corpus of
+    several sources has them one after the other.
     """
 
-    def __init__(self, shards: TokenShards, rows_per_step: int, sequence_length: int, seed: int | None = 0):
+    def __init__(
+        self, shards: TokenShards, rows_per_step: int, sequence_length: int, seed: int | None = 0, spread: int = 0
+    ):
         self.shards, self.rows_per_step, self.sequence_length, self.seed = shards, rows_per_step, sequence_length, seed
+        self.spread = spread
         self.rows_per_epoch = max(0, shards.total_tokens - 1) // sequence_length
         if self.rows_per_epoch < 1:
             raise UserError(
@@ -50,6 +54,8 @@ class PretrainLoader:
     def row_index(self, step: int, first_row: int, rows: int) -> np.ndarray:
         """(rows,) int64: which rows of the corpus these are."""
         index = step * self.rows_per_step + np.arange(first_row, first_row + rows, dtype=np.int64)
+        if self.seed is None and 0 < self.spread < self.rows_per_epoch:
+            return index % self.spread * self.rows_per_epoch // self.spread
         return ordered(index, self.rows_per_epoch, self.seed)
 
     def micro_batch(self, step: int, first_row: int, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -187,10 +187,11 @@ def _inputs(
         held_out = TokenShards.open(arguments.tokens, "validation", verify)
         _require_tokenizer(shards.tokenizer_sha256, tokenizer, arguments.tokens, arguments.tokenizer)
         loader = PretrainLoader(shards, rows, train.sequence_length, settings.seed)
+        measured = max(1, train.validation_tokens // train.sequence_length)
         enough = held_out.total_tokens > train.sequence_length
         return Inputs(
             loader,
-            PretrainLoader(held_out, rows, train.sequence_length, None) if enough else None,
+            PretrainLoader(held_out, rows, train.sequence_length, None, measured) if enough else None,
             {"tokens": [shard.sha256 for shard in shards.shards], "tokenizer": tokenizer.sha256},
             0.0,
         )

@@ -48,6 +48,15 @@ def test_permutation_of_a_billion_rows_takes_no_table():
     assert rows.max() < 10**9
 
 
+def test_validation_rows_are_spread_over_the_text(shards):
+    plain = PretrainLoader(shards, 4, T, seed=None)
+    spread = PretrainLoader(shards, 4, T, seed=None, spread=10)
+    rows = [int(row) for step in range(3) for row in spread.row_index(step, 0, 4)][:10]
+    assert rows == [i * plain.rows_per_epoch // 10 for i in range(10)]
+    every = PretrainLoader(shards, 4, T, seed=None, spread=plain.rows_per_epoch)
+    assert every.row_index(2, 0, 4).tolist() == plain.row_index(2, 0, 4).tolist() == [8, 9, 10, 11]
+
+
 def test_targets_are_the_next_tokens(shards):
     inputs, targets = PretrainLoader(shards, 8, T, seed=5).micro_batch(3, 0, 8)
     assert inputs.shape == targets.shape == (8, T)
