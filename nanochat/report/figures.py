@@ -24,7 +24,7 @@ from nanochat.report.collect_work import probes
 from nanochat.report.cost import LOST, USEFUL
 from nanochat.report.numbers import amount, duration, hours
 from nanochat.report.read import number
-from nanochat.report.steps import TRAINED, surviving
+from nanochat.report.steps import TRAINED, smoothed, surviving
 from nanochat.report.words import WORDS
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -103,7 +103,7 @@ def loss(found: Collected) -> Figure:
         x, y = [point[0] for point in line], [point[1] for point in line]
         if len(line) >= 60:
             above.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-            above.plot(x, _smooth(y, len(y) // 40), color=colour)
+            above.plot(x, smoothed(y, len(y) // 40), color=colour)
         else:
             above.plot(x, y, color=colour, marker="o" if len(line) < 30 else None, markersize=3)
         held_out = [(step.step, step.val_bpb) for step in steps if step.val_bpb is not None]
@@ -402,26 +402,6 @@ def _empty(sentence: str, source: str) -> Figure:
 def _say(axis: Axes, sentence: str) -> None:
     axis.text(0.5, 0.5, sentence, ha="center", va="center", color=GREY, transform=axis.transAxes)
     axis.set_yticks([])
-
-
-def _smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the `width` values on either side, fewer at the start: nothing is shifted.
-
-    At the end the line through the last of them, for a mean over fewer and fewer would end in one raw value.
-    """
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    found = []
-    for index in range(len(values)):
-        reach = min(width, index, len(values) - 1 - index)
-        found.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
-    last = values[-(2 * width + 1) :]
-    if width and len(last) == 2 * width + 1:
-        mean = sum(last) / len(last)
-        slope = sum((x - width) * y for x, y in enumerate(last)) / sum((x - width) ** 2 for x in range(len(last)))
-        found[-width:] = [mean + slope * x for x in range(1, width + 1)]
-    return found
 
 
 def _restarts(found: Collected, stage: str) -> list[int]:

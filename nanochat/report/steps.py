@@ -54,6 +54,26 @@ def median_seconds(steps: Sequence[Step]) -> float | None:
     return statistics.median(known) if known else None
 
 
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the `width` values on either side, fewer at the start: nothing is shifted.
+
+    At the end the line through the last of them, for a mean over fewer and fewer would end in one raw value.
+    """
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    found = []
+    for index in range(len(values)):
+        reach = min(width, index, len(values) - 1 - index)
+        found.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    last = values[-(2 * width + 1) :]
+    if width and len(last) == 2 * width + 1:
+        mean = sum(last) / len(last)
+        slope = sum((x - width) * y for x, y in enumerate(last)) / sum((x - width) ** 2 for x in range(len(last)))
+        found[-width:] = [mean + slope * x for x in range(1, width + 1)]
+    return found
+
+
 def _step(line: dict[str, Any]) -> Step | None:
     step = number(line.get("step"))
     if step is None or step < 0:

@@ -25,6 +25,7 @@ from nanochat.report.collect import collect
 from nanochat.report.numbers import DASH, amount, duration, short, show, size, tidy
 from nanochat.report.read import Run
 from nanochat.report.render import block, render
+from nanochat.report.steps import smoothed
 
 FIGURES = ("loss", "timeline", "cost", "kv_cache", "batch_size", "batch_size_curve")
 
@@ -159,10 +160,10 @@ def test_a_sandbox_with_holes_is_said(run):
 
 def test_a_smoothed_curve_keeps_a_line_and_does_not_end_in_a_single_value():
     line = [3 - 0.01 * i for i in range(200)]
-    assert figures._smooth(line, 5) == pytest.approx(line)
+    assert smoothed(line, 5) == pytest.approx(line)
     with_a_spike = [*line[:-1], line[-1] + 1]
-    assert figures._smooth(with_a_spike, 5)[-1] - line[-1] < 0.35
-    assert figures._smooth(line[:7], 5) == pytest.approx(line[:7])
+    assert smoothed(with_a_spike, 5)[-1] - line[-1] < 0.35
+    assert smoothed(line[:7], 5) == pytest.approx(line[:7])
 
 
 def test_decoding_says_what_was_not_measured_and_what_no_row_holds(run):
