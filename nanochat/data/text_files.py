@@ -136,6 +136,11 @@ def open_parquet(path: Path, text_column: str) -> pq.ParquetFile:
         raise UserError(
             f"{path}: corpus.text_column = {text_column!r}: no such column. It has: {', '.join(names) or 'none'}."
         )
+    if names.count(text_column) > 1:
+        file.close()
+        raise UserError(
+            f"{path}: corpus.text_column = {text_column!r}: there are {names.count(text_column)} columns of that name."
+        )
     kind = file.schema_arrow.field(text_column).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
@@ -153,7 +158,7 @@ def documents(piece: Piece, text_column: str) -> Iterator[Document]:
 def _parquet(piece: Piece, text_column: str) -> Iterator[Document]:
     path = Path(piece.path)
     with open_parquet(path, text_column) as file:
-        names = [name for name in METADATA if name in file.schema_arrow.names and name != text_column]
+        names = [name for name in METADATA if file.schema_arrow.names.count(name) == 1 and name != text_column]
         batches = file.iter_batches(
             batch_size=64, row_groups=list(range(piece.start, piece.stop)), columns=[text_column, *names]
         )

@@ -149,3 +149,15 @@ def test_what_is_wrong_in_a_json_line_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.jsonl")
+
+
+def test_columns_of_one_name_are_named_or_left_out(tmp_path):
+    path = tmp_path / "twice.parquet"
+    for names, words in ((["text", "text"], "there are 2 columns of that name"), (["text", "title", "title"], None)):
+        pq.write_table(pa.Table.from_arrays([pa.array(["one", "two"])] * len(names), names=names), path)
+        if words:
+            with pytest.raises(UserError, match=words):
+                pieces_of(path, "text")
+            continue
+        (piece,) = pieces_of(path, "text")
+        assert [(found.text, found.metadata) for found in documents(piece, "text")] == [("one", {}), ("two", {})]
