@@ -62,7 +62,8 @@ class PlanSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    # A run may go on from a checkpoint that was made with others, and a finished one stays as it is.
+    # A run may go on from a checkpoint that was made with others. A finished stage stays as it is when they change, but for those
+    # that make its plan anew too (PlanSettings): GPUs, nodes, rows, compile.
     neutral: ClassVar = {
         "compile": True,
         "on_nonfinite": True,

@@ -12,9 +12,8 @@ from pydantic_core import PydanticCustomError
 
 TRAINED_STAGES = ("base", "mid", "sft")
 ADDITIONS = ("value_embeddings", "smear", "windows")
-ROTARY_REACH = (
-    8  # positions that a model has, as a multiple of the length it is trained on: a chat may grow beyond a row
-)
+# Positions that a model has, as a multiple of the length it is trained on: a chat may grow beyond a training row.
+ROTARY_REACH = 8
 WINDOW_PARTS = 4  # a window is one of so many parts of the length that the base model trains on
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -25,9 +24,8 @@ class Settings(BaseModel):
     """Frozen; an unknown key or a wrong type is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    neutral: ClassVar[
-        dict[str, Any]
-    ] = {}  # keys that decide how the work goes and not what comes of it; nested as the settings are
+    # Keys that decide how the work goes and not what comes of it, nested as the settings are.
+    neutral: ClassVar[dict[str, Any]] = {}
 
     def decisive(self) -> dict[str, Any]:
         """The settings, as JSON, without the neutral ones: where these are the same, so is the result."""

@@ -34,6 +34,8 @@ class PretrainLoader:
     several sources has them one after the other.
     """
 
+    truncated = 0  # no conversations, so none is cut
+
     def __init__(
         self, shards: TokenShards, rows_per_step: int, sequence_length: int, seed: int | None = 0, spread: int = 0
     ):

@@ -58,8 +58,7 @@ def expand(paths: list[str], setting: str) -> list[Path]:
             files = [file for file in files if file.is_file() and file.suffix in SUFFIXES]
             absent = "matches no file"
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
-            files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            files = [file for file in _visible_files(path) if file.suffix in SUFFIXES]
             absent = "the folder is empty or holds no file"
         elif path.is_file():
             if path.suffix not in SUFFIXES:
@@ -81,9 +80,14 @@ def passed_over(paths: list[str]) -> list[Path]:
     found = []
     for folder in (Path(entry).expanduser() for entry in paths):
         if folder.is_dir():
-            found += [file for file in folder.rglob("*") if file.is_file() and file.suffix not in SUFFIXES]
-            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+            found += [file for file in _visible_files(folder) if file.suffix not in SUFFIXES]
     return sorted(found)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below the folder but those with a part of their path, below it, that begins with a dot."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def kind_of(path: Path) -> str:

@@ -131,7 +131,7 @@ def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namesp
         f"{str(model.compute_dtype).removeprefix('torch.')} on {ranks.size} x {hardware.device_name(ranks.device)}"
     )
     epoch = inputs.loader.rows_per_epoch * train.sequence_length
-    for remark in _remarks(settings, steps, epoch, getattr(inputs.loader, "truncated", 0)):
+    for remark in _remarks(settings, steps, epoch, inputs.loader.truncated):
         tell(remark)
     trainer = Trainer(
         settings,
@@ -324,7 +324,7 @@ def _metrics(
         "val_bpb": history.val_bpb[-1][1] if history.val_bpb else None,
         "val_bpb_curve": [{"step": step, "val_bpb": bpb} for step, bpb in history.val_bpb],
         "padding_fraction": padding_fraction,
-        "truncated_conversations": getattr(trainer.loader, "truncated", None),
+        "truncated_conversations": trainer.loader.truncated,
         "restarts": history.restarts,
         "skipped_steps": history.skipped_steps,
         "commit": version.commit(),

@@ -236,8 +236,11 @@ def test_files_that_nobody_reads_are_named(tmp_path, directory_settings, capfd):
     (tmp_path / "own/.cache").mkdir(parents=True)
     for name in ("a.jsonl", "b.jsonl.gz", "C.JSONL", ".cache/d.bin"):
         (tmp_path / "own" / name).write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(100)))
-    corpus.build(directory_settings(tmp_path / "own"), tmp_path / "out")
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more/e.jsonl", ["one", "two"])
+    (tmp_path / "more/notes.md").write_text("not read")
+    corpus.build(directory_settings(tmp_path / "own", tmp_path / "more"), tmp_path / "out")
     said = capfd.readouterr().err
-    assert "2 files" in said
+    assert "3 files" in said
     assert "C.JSONL" in said
     assert ".cache" not in said
