@@ -26,7 +26,7 @@ LOST = {
     "checkpoints": "checkpoint writes",
     "grace": "grace: from the last step of an interrupted attempt to its end",
     "validation": "validation losses during training",
-    "superseded": "completed, and run again later",
+    "superseded": "completed, and run again later: all attempts of the earlier run but failed ones",
     "no_steps": "jobs that train no step: data, batch-size search, evaluation, benchmarks, this report",
     "rest": "the rest of training jobs: writing the model, what the log does not tell apart",
 }
@@ -109,10 +109,14 @@ def account(
         seen = sum(step.checkpoint_seconds or 0.0 for step in log if step.survives)
         ends = sum(1 for one in attempts if one.stage == stage and done.get(one.identity))
         unseen[stage] = max(0.0, (saves or {}).get(stage, 0.0) - seen) / max(1, ends)
-    last_completed = {one.stage: one.identity for one in attempts if one.state == "COMPLETED"}
+    completions: dict[str, list[int]] = defaultdict(list)
+    for place, one in enumerate(attempts):
+        if one.state == "COMPLETED":
+            completions[one.stage].append(place)
     charges = []
-    for one in attempts:
-        superseded = one.state == "COMPLETED" and last_completed[one.stage] != one.identity
+    for place, one in enumerate(attempts):
+        # With the run that completed first, the attempts that it needed are superseded too.
+        superseded = not one.is_failed and any(place <= earlier for earlier in completions[one.stage][:-1])
         parts = _split(one, done.get(one.identity, []), typical.get(one.stage), superseded, unseen.get(one.stage, 0.0))
         charges.append(Charge(one, parts))
     return Account(charges)

@@ -210,6 +210,16 @@ def test_a_stage_run_again_counts_the_first_run_as_superseded(tmp_path):
     assert books.hours("GPU") == pytest.approx(320 / 3600)
 
 
+def test_a_run_over_several_walltimes_is_superseded_whole_but_for_its_failures(tmp_path):
+    writer = Writer(tmp_path / "results")
+    for seconds, state in ((50, "FAILED"), (200, "REQUEUED"), (100, "COMPLETED"), (7, "REQUEUED"), (60, "COMPLETED")):
+        writer.job("mid", seconds, gpus=2, state=state)
+    books = account(read_attempts(Run(tmp_path / "results"), writer.clock), {})
+    assert books.hours("GPU", "superseded") == pytest.approx(600 / 3600)
+    assert books.hours("GPU", "failed") == pytest.approx(100 / 3600)
+    assert books.hours("GPU") == pytest.approx(834 / 3600)
+
+
 def test_the_newest_line_wins_and_damaged_ones_are_named(tmp_path):
     writer = Writer(tmp_path / "results")
     writer.job("corpus", 10)
