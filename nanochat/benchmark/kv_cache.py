@@ -100,7 +100,7 @@ def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int
         try:
             if (spent := time.monotonic() - started) > CASE_SECONDS:
                 raise UserError(
-                    f"not run: the smaller sizes took {spent:.0f} s of the {CASE_SECONDS:.0f} s of this case"
+                    f"not run: the smaller sizes took {spent:.0f} s, of {CASE_SECONDS:.0f} s for this case"
                 )
             row = head | run(prompts[:batch_size])
         except Exception as error:
