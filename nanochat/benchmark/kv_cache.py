@@ -99,9 +99,7 @@ def _over_sizes(case: str, run: Run, settings: Benchmark, prompts: list[list[int
         gc.collect()
         try:
             if (spent := time.monotonic() - started) > CASE_SECONDS:
-                raise UserError(
-                    f"not run: the smaller sizes took {spent:.0f} s, of {CASE_SECONDS:.0f} s for this case"
-                )
+                raise UserError(f"not run: the smaller sizes took {spent:.0f} s, of {CASE_SECONDS:.0f} s for this case")
             row = head | run(prompts[:batch_size])
         except Exception as error:
             # A size that does not fit, or another library that fails, leaves the others their measurement. A fault of this package

@@ -66,6 +66,8 @@ ENVIRONMENT = [
     "SOURCE_DATE_EPOCH",
 ]
 
+ONE_CLUSTER = "jobs are followed on one cluster only; run snakemake on a login node of the one that shall train"
+
 OWNED = {
     "--account": "slurm_account",
     "--constraint": "constraint",
@@ -262,6 +264,8 @@ def extra_flags(rule: str, text: str) -> dict[str, str | bool]:
             long = SHORT.get(flag) or SHORT_WITHOUT_VALUE.get(flag, "")
         if not long:
             raise ValueError(f"{said}: sbatch has no {flag} that a job could use; write --flag=value")
+        if long == "--clusters":
+            raise ValueError(f"{said}: {flag} is not allowed: {ONE_CLUSTER}")
         if long in OWNED:
             instead = f"use resources.{OWNED[long]}" if OWNED[long] else "the plugin sets it itself"
             raise ValueError(f"{said}: {flag} is not allowed: {instead}")

@@ -57,6 +57,10 @@ class SlurmCluster:
 
     def check(self, rule: str, request: Request) -> None:
         """Raises ValueError when the request can never be met. What only the cluster knows is the doctor's part."""
+        if elsewhere := os.environ.get("SBATCH_CLUSTERS"):
+            raise ValueError(
+                f"environment: SBATCH_CLUSTERS = {elsewhere!r}: {resources.ONE_CLUSTER}, and unset the variable"
+            )
 
     def submit(self, allocation: Allocation, submission: Submission) -> None:
         """Raises ValueError with SLURM's words when it refuses the job; what is transient is tried again for minutes."""

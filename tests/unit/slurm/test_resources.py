@@ -96,6 +96,7 @@ def test_a_job_without_gpus_asks_for_none():
         ({"slurm_extra": "-p gpu"}, "-p is not allowed: use resources.slurm_partition"),
         ({"slurm_extra": "--no-requeue"}, "--no-requeue is not allowed: the plugin sets it itself"),
         ({"slurm_extra": "-W"}, "-W is not allowed: the plugin sets it itself"),
+        ({"slurm_extra": "-M other"}, "-M is not allowed: jobs are followed on one cluster only"),
         ({"slurm_extra": "-pgpu"}, "-p is not allowed: use resources.slurm_partition"),
         ({"slurm_extra": "-Z 3"}, "sbatch has no -Z that a job could use; write --flag=value"),
         ({"slurm_extra": "-w"}, "-w has no value; write --nodelist=value"),

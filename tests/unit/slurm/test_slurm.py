@@ -73,6 +73,13 @@ def test_a_stage_without_gpus_gets_none_from_the_environment(tmp_path, commands,
     assert submit(cluster, tmp_path) == {"SBATCH_GRES"}
 
 
+def test_jobs_for_another_cluster_are_refused_before_any_is_queued(monkeypatch):
+    monkeypatch.setenv("SBATCH_CLUSTERS", "other")
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    with pytest.raises(ValueError, match=r"SBATCH_CLUSTERS = 'other': .* login node .* unset"):
+        cluster.check("base", read("base", {}, 1))
+
+
 UNREACHABLE = "Unable to contact slurm controller (connect failure)"
 ALL = ["17", "18", "19"]
 
