@@ -267,6 +267,11 @@ def _line_start(file: BinaryIO, offset: int) -> int:
 
 
 def _decoded(path: str, offset: int, raw: bytes) -> str:
+    if raw.count(0) * 4 > len(raw) > 8:  # Latin text in UTF-16 decodes as UTF-8, each other character a null
+        raise UserError(
+            f"{path}: null bytes at offset {offset + raw.index(0):,}: not UTF-8, or damaged. UTF-16 is converted by: "
+            f"iconv -f utf-16le -t utf8."
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError as error:

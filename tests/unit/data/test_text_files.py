@@ -131,6 +131,14 @@ def test_plain_text_that_is_not_utf8_is_named_with_its_offset(tmp_path):
         read(tmp_path / "a.txt")
 
 
+def test_text_in_utf16_without_a_mark_is_not_taken_for_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes("first line\nsecond\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"a\.txt: null bytes at offset 1: not UTF-8.* iconv -f utf-16le"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"a null \0 in a line of text\n")
+    assert len(read(tmp_path / "b.txt")) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
