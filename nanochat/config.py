@@ -110,7 +110,7 @@ class Model(Settings):
         description="Heads of keys and values (grouped-query attention); must divide the heads. Empty: as many as heads.",
     )
     logit_softcap: float = Field(
-        15.0, gt=0, description="Logits are squashed to this range: softcap x tanh(logits / softcap)."
+        15.0, gt=0, le=70, description="Logits are squashed to this range: softcap x tanh(logits / softcap)."
     )
     rope_base: float = Field(10_000.0, gt=0, description="Base of the rotary embedding's frequencies.")
 

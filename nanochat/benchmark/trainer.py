@@ -148,8 +148,8 @@ class _SavingInTheMiddle(Trainer):
 
     save_at = 0
 
-    def _step(self, stop: bool, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
-        return super()._step(stop, save_due or self.step + 1 == self.save_at)
+    def _step(self, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
+        return super()._step(save_due or self.step + 1 == self.save_at)
 
 
 def measured(task: dict[str, Any], ranks: World) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the tree is walked with a list of what is allowed; no `eval`, no names, no attri
 """
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 
@@ -64,7 +65,7 @@ def _value(node: ast.expr) -> int | float:
 
 def _power(base: int | float, exponent: int | float) -> int | float:
     """base ** exponent where it is a real number of at most MAX_DIGITS digits."""
-    if abs(base) > 1 and abs(exponent) * len(str(abs(int(base)))) > MAX_DIGITS:
+    if abs(base) > 1 and abs(exponent) * math.log10(abs(base)) > MAX_DIGITS + 1:
         raise Refused
     value = base**exponent
     if isinstance(value, complex):

@@ -69,7 +69,7 @@ def decode_step(model: GPT, cache: KVCache, rows: Rows, kind: Kind) -> None:
 
     cache  over the same rows and as many positions as the step reads: a power-of-two bucket above the longest running row
     """
-    # A row that stopped in an earlier, longer bucket may stand beyond this one; what it stores there is never read.
+    # A row that ended in an earlier, longer bucket may stand beyond this one; what it stores there is never read.
     position = rows.position.clamp_max(cache.length - 1)
     logits = model(rows.token[:, None], positions=position[:, None], cache=cache, last_only=True)[:, -1]  # (R, V)
     drawn = sample(logits, rows.sampling, rows.position + 1, kind)
@@ -104,7 +104,7 @@ class Arrivals:
             numbers = [source, slot, position, remaining, sampling.top_k, sampling.seed & 0xFFFFFFFF]
             whole.append([*numbers, *stops, *padding])
             real.append([sampling.temperature, sampling.top_p, sampling.min_p])
-        return cls(torch.tensor(whole), torch.tensor(real))
+        return cls(torch.tensor(whole), torch.tensor(real, dtype=torch.float32))
 
     def __len__(self) -> int:
         return len(self.whole)

@@ -214,7 +214,9 @@ class Engine:
             burst = max(burst, min(MAX_BURST, self._steps_to_an_end(jobs, waiting)))
         steps = min(burst, max(job.remaining for job in jobs))
         rows = self._row_bucket(max(job.slot for job in jobs) + 1)
-        reach = max(job.position + min(steps, job.remaining) for job in jobs)
+        # A row that halted at a call to a tool is still decoded, which stores its last token once more: beyond the bucket that would
+        # be inside of what it goes on from.
+        reach = max(job.position + min(steps, job.remaining) for job in slots.values())
         self.decoder.run(steps, rows, bucket(reach, self.length), self._kind(jobs))
         lines = [(job.slot, job, min(steps, job.remaining), job.starts) for job in jobs]
         for _, job, most, _ in lines:

@@ -83,7 +83,7 @@ def save(
     sync(checkpoints)
     for leftover in checkpoints.glob(".step-*.old.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    prune(checkpoints, fingerprint, keep)
+    prune(checkpoints, fingerprint, keep, step)
     return final
 
 
@@ -130,12 +130,16 @@ def newest_valid(checkpoints: str | Path, fingerprint: str, say: Callable[[str],
     return None
 
 
-def prune(checkpoints: str | Path, fingerprint: str, keep: int) -> None:
-    """Remove all but the newest `keep` of this fingerprint; those of other settings, and damaged ones, stay."""
+def prune(checkpoints: str | Path, fingerprint: str, keep: int, newest: int) -> None:
+    """Remove all but the newest `keep` of this fingerprint up to step `newest`; those of other settings, and damaged ones, stay.
+
+    newest  the step just saved: one above it was damaged, or training would have gone on from there, and takes no place
+    """
     own = []
     for folder in sorted(Path(checkpoints).glob("step-*"), reverse=True):
         with contextlib.suppress(UserError, KeyError, TypeError):
-            if _state(folder)["fingerprint"] == fingerprint:
+            state = _state(folder)
+            if state["fingerprint"] == fingerprint and state["step"] <= newest:
                 own.append(folder)
     for folder in own[keep:]:
         _remove(folder)

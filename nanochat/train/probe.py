@@ -81,10 +81,13 @@ class ValidatingOnce(Trainer):
         return super().validate()
 
 
-def measure(settings: command_settings.PlanSettings, rows: int, seconds: float = 0.0) -> dict[str, Any]:
+def measure(
+    settings: command_settings.PlanSettings, rows: int, seconds: float = 0.0, scratch: Path | None = None
+) -> dict[str, Any]:
     """Train some steps of `rows` rows a micro-batch and say what they took.
 
     seconds  to time steps for, at least, once the GPU's clock has settled; 0: some steps, for their memory
+    scratch  folder for what the trainer writes; who started this process clears it, should this one be killed
     """
     device = hardware.pick_device(settings.gpus)
     hardware.reset_peak_memory(device)
@@ -98,7 +101,7 @@ def measure(settings: command_settings.PlanSettings, rows: int, seconds: float =
     several = device.type == "cuda" and settings.gpus > 1
     held = torch.empty(COMMUNICATION_BYTES if several else 0, dtype=torch.uint8, device=device)
     loader = Rows(rows, length, vocab_size, TIMED_STEPS[device.type], seconds)
-    with tempfile.TemporaryDirectory(prefix="nanochat-probe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nanochat-probe-", dir=scratch) as folder:
         log = Path(folder) / "log.jsonl"
         trainer = ValidatingOnce(
             training_settings(settings, rows),
@@ -196,7 +199,7 @@ def main() -> int:
         # The kernel would end the whole job instead.
         resource.setrlimit(resource.RLIMIT_DATA, (task["host_bytes"], resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
-        result = measure(settings, task["rows"], task["seconds"])
+        result = measure(settings, task["rows"], task["seconds"], Path(sys.argv[1]).parent)
     except Exception as error:
         if hardware.is_out_of_gpu_memory(error) or is_out_of_host_memory(error):
             return EXIT_OUT_OF_MEMORY

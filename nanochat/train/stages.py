@@ -122,6 +122,8 @@ def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namesp
     fingerprint = _fingerprint(settings, inputs.checksums)
     if ranks.share(ranks.leads and is_complete(out, fingerprint)):
         tell(f"{out} is complete already")
+        if ranks.leads:  # of an attempt that was killed before it had removed them
+            shutil.rmtree(arguments.checkpoints, ignore_errors=True)
         return 0
     model = _model(settings, arguments, tokenizer, ranks)
     steps = _steps(settings, model, inputs.loader)

@@ -27,7 +27,7 @@ from nanochat.files import append_json_line
 from nanochat.model.compiled import CompiledLoss
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import Optimizer
-from nanochat.progress import Progress
+from nanochat.progress import Progress, say
 from nanochat.train import checkpoint
 from nanochat.train.distributed import World
 from nanochat.train.history import History, learning_rate_scale
@@ -93,6 +93,7 @@ class Trainer:
         self.forward = CompiledLoss(model) if self.compiled else model
         self.plan = plan
         self.trace = Trace(self.train.profile_steps, self.log.parent, world.rank, world.device)
+        self.stop = StopSignals()
         self.saver: Saver | None = None
         self._batches: Prefetched[Batch] | None = None
         self.history, self.step = History(), 0
@@ -105,7 +106,7 @@ class Trainer:
         Raises NonFinite, AttemptSuperseded, and what a checkpoint's writing raised.
         """
         with (
-            StopSignals() as stop,
+            self.stop,
             hardware.GpuUtilization(self.world.device) as utilization,
             contextlib.ExitStack() as ending,
         ):
@@ -123,15 +124,18 @@ class Trainer:
             saved_at = time.monotonic()
             finished = self.step >= self.steps
             ending.enter_context(_garbage_between_steps())
+            if self.step and not finished and self._validation_is_due():
+                self.validate()
             while not finished:
                 if self.saver:
                     self.saver.check()
                 save_due = time.monotonic() - saved_at > self.train.checkpoint_every_seconds
                 self.trace.before(self.step + 1)
-                line, stopping, save_due = self._step(stop.received is not None, save_due)
+                line, stopping, save_due = self._step(save_due)
                 self.trace.after(self.step)
                 finished = self.step >= self.steps
-                if finished or self.step % self.train.validate_every_steps == 0:
+                # Told to stop, little time may be left; what was not validated then is when training goes on.
+                if finished or (self._validation_is_due() and not stopping):
                     line["val_bpb"] = self.validate()
                 if self.world.leads:
                     append_json_line(self.log, line)
@@ -164,7 +168,7 @@ class Trainer:
         total, samples = sums.tolist()
         return (total / samples if samples else None), round(samples)
 
-    def _step(self, stop: bool, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
+    def _step(self, save_due: bool) -> tuple[dict[str, Any], bool, bool]:
         """One optimizer step. Returns its log line, and whether any rank was told to stop, and whether rank 0 wants a save."""
         started = time.perf_counter()
         step, world, optimizer = self.step, self.world, self.optimizer
@@ -182,7 +186,7 @@ class Trainer:
             (loss / tokens).backward()
             losses.append(loss.detach())
         local = torch.stack(losses).double()
-        told = to_device([targets_seen, stop, save_due and world.leads], world.device)
+        told = to_device([targets_seen, self.stop.received is not None, save_due and world.leads], world.device)
         sums = torch.cat([local.sum()[None], optimizer.reduce_gradients()[None], told])
         world.sum(sums)
         finite, any_target = torch.isfinite(sums[:2]).all(), sums[2] > 0
@@ -235,7 +239,14 @@ class Trainer:
                 f"{message}. Stopped before it reached the weights or a checkpoint. "
                 "Lower train.optimizer's learning rates, or set train.on_nonfinite: skip."
             )
-        self.say(f"{message}; this step is skipped")
+        if rows and not self.world.leads:  # who has them names them
+            say(self.settings.stage, f"{message}; this step is skipped")
+        else:
+            self.say(f"{message}; this step is skipped")
+
+    def _validation_is_due(self) -> bool:
+        done = self.history.val_bpb[-1][0] if self.history.val_bpb else 0
+        return self.step % self.train.validate_every_steps == 0 and done < self.step
 
     def validate(self) -> float | None:
         """Bits per byte of held-out text: nats of the target tokens / (ln 2 x bytes they stand for). Special tokens do not count."""

@@ -77,6 +77,30 @@ def test_the_calculator_answers_the_model(tokenizer, calculating, burst, ahead):
     assert reply_parts(tokenizer, completion.ids) == parts
 
 
+def test_a_row_that_waits_for_the_calculator_keeps_its_prompt_beside_shorter_ones(tokenizer, tiny_model):
+    """Its last tokens are launched, so that it counts for no step any more, when it turns out to go on behind the answer."""
+    told = []
+    for seed in range(40):
+        model = tiny_model(seed=seed, length=256, vocab=tokenizer.vocab_size)
+        kept = [1, 2, 3, 4, 5, 6, tokenizer.special("<|python_end|>")]
+        with torch.no_grad():
+            head = model.head.clone()
+            model.head.zero_()
+            model.head[kept] = 3 * head[kept]
+        draw = torch.Generator().manual_seed(seed)
+        long, *short = [torch.randint(0, 256, (n,), generator=draw).tolist() for n in (100, 5, 5, 5)]
+        requests = [Request(long, 20, temperature=1.0, seed=seed, calculator=True)]
+        requests += [Request(prompt, 40, temperature=1.0, seed=9, calculator=True) for prompt in short]
+        answers = []
+        for burst, ahead in ((1, 0), (8, 1)):
+            engine = Engine(model, tokenizer, rows=4)
+            engine.burst, engine.ahead = burst, ahead
+            answers.append([completion.ids for completion in engine.generate(requests)])
+        told.append((tokenizer.special("<|python_end|>") in answers[0][0], answers[0] == answers[1]))
+    assert sum(halted for halted, _ in told) > 10
+    assert all(same for _, same in told)
+
+
 def test_a_call_that_is_no_arithmetic_gets_no_answer(tokenizer):
     links = chain(
         tokenizer, "<|assistant_start|>", "<|python_start|>", "abc", "<|python_end|>", "d", "<|assistant_end|>"

@@ -63,8 +63,17 @@ def test_checkpoints_of_other_settings_are_left_alone(tmp_path):
     assert newest(tmp_path)[0].step == 2
     assert (tmp_path / "step-00000009").exists()
     save(tmp_path, 3)
-    checkpoint.prune(tmp_path, "f", 1)
+    checkpoint.prune(tmp_path, "f", 1, newest=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000009"]
+
+
+def test_a_damaged_newer_one_does_not_cost_the_one_just_saved(tmp_path):
+    path = save(tmp_path, 120, keep=1) / checkpoint.MODEL
+    path.write_bytes(path.read_bytes()[:-1])
+    for step in (5, 10):
+        save(tmp_path, step, keep=1)
+        assert newest(tmp_path)[0].step == step
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000120"]
 
 
 def test_a_disk_that_does_not_answer_costs_one_checkpoint_not_the_training(tmp_path, monkeypatch):

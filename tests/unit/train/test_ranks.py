@@ -1,6 +1,7 @@
 """Several real ranks over gloo: the same mathematics as one, and state that moves between numbers of ranks."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,10 @@ class Stops(Trainer):
 
     stop_at = STEPS
 
-    def _step(self, _, save_due):
-        told = self.step + 1 == self.stop_at and self.world.rank == self.world.size - 1
-        return super()._step(told, save_due)
+    def _step(self, save_due):
+        if self.step + 1 == self.stop_at and self.world.rank == self.world.size - 1:
+            self.stop.received = signal.SIGTERM
+        return super()._step(save_due)
 
 
 def train(folder: Path, ranks: int, until: int = STEPS, **options) -> None:

@@ -37,7 +37,7 @@ def test_each_checkpoint_is_that_of_its_step_though_training_went_on(tmp_path, a
     for step in (1, 2, 5):
         alone = make_trainer(tmp_path / str(step), steps=6, micro_rows=micro_rows)
         for _ in range(step):
-            alone._step(False, False)
+            alone._step(False)
         alone._open_saver()
         alone.save()
         alone._close()

@@ -52,7 +52,7 @@ def test_a_finished_stage_is_complete_and_not_touched_again(tmp_path, monkeypatc
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-def test_outputs_that_snakemake_removed_come_back_from_the_last_checkpoint(tmp_path, monkeypatch):
+def test_outputs_that_snakemake_removed_are_trained_again_to_the_same_bytes(tmp_path, monkeypatch):
     arguments = write_run(tmp_path, steps=6)
     run_here(arguments, monkeypatch)
     out = Path(arguments["--out"])
@@ -62,6 +62,16 @@ def test_outputs_that_snakemake_removed_come_back_from_the_last_checkpoint(tmp_p
     assert run_here(arguments, monkeypatch) == 0
     assert (out / "model.safetensors").read_bytes() == weights
     assert metrics(arguments)["restarts"] == 0
+
+
+def test_checkpoints_that_a_killed_attempt_left_do_not_spare_the_next_training(tmp_path, monkeypatch):
+    arguments = write_run(tmp_path, steps=6)
+    with monkeypatch.context() as killed:
+        killed.setattr(stages.shutil, "rmtree", lambda *_, **__: None)
+        run_here(arguments, monkeypatch)
+    assert list(Path(arguments["--checkpoints"]).iterdir())
+    assert run_here(arguments, monkeypatch) == 0  # the requeued attempt: all is complete
+    assert not Path(arguments["--checkpoints"]).exists()
 
 
 def test_changed_settings_train_anew(tmp_path, monkeypatch):

@@ -36,7 +36,6 @@ class StopsAt(Trainer):
     def _step(self, *arguments):
         if self.step == self.stop_at - 1:
             os.kill(os.getpid(), self.number)
-            arguments = (True, arguments[1])
         return super()._step(*arguments)
 
 
@@ -66,6 +65,26 @@ def test_resume_is_bitwise(tmp_path, number):
     assert resumed.history.tokens == straight.history.tokens
     last = "checkpoints/step-00000012/optimizer.safetensors"
     assert files_equal(tmp_path / "a" / last, tmp_path / "b" / last)
+
+
+def test_a_signal_in_the_middle_of_a_step_is_obeyed_at_its_end_without_a_validation(tmp_path):
+    straight = make_trainer(tmp_path / "a")
+    straight.run()
+    stopped = make_trainer(tmp_path / "b")
+    forward = stopped.forward
+
+    def interrupted(*arguments, **options):
+        if stopped.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments, **options)
+
+    stopped.forward = interrupted
+    assert not stopped.run()
+    assert (stopped.step, stopped.history.val_bpb) == (4, [])
+    resumed = make_trainer(tmp_path / "b")
+    assert resumed.run()
+    assert resumed.history.val_bpb == straight.history.val_bpb
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
 @pytest.mark.slow
@@ -107,7 +126,7 @@ def test_steps_after_a_checkpoint_are_done_again_and_logged_last(tmp_path):
     from nanochat.files import append_json_line
 
     for _ in range(2):
-        append_json_line(more.log, more._step(False, False)[0] | {"loss": -1.0})
+        append_json_line(more.log, more._step(False)[0] | {"loss": -1.0})
     assert make_trainer(tmp_path / "b").run()
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert len(read_json_lines(tmp_path / "b" / "log.jsonl")) == 14
@@ -133,13 +152,13 @@ def test_loss_is_the_mean_over_the_targets_of_the_whole_step(tmp_path):
     with torch.no_grad():
         trainer.model.head.normal_(generator=torch.Generator().manual_seed(0))
         expected = trainer.model(inputs, targets, reduction="none").sum() / (targets >= 0).sum()
-    assert trainer._step(False, False)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer._step(False)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_step_without_any_target_changes_no_weight(tmp_path):
     trainer = make_trainer(tmp_path, loader=PlainLoader(hidden=1.0))
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    line = trainer._step(False, False)[0]
+    line = trainer._step(False)[0]
     assert line["loss"] is None
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
@@ -148,7 +167,7 @@ def test_a_step_without_any_target_changes_no_weight(tmp_path):
 def test_each_row_of_a_step_is_seen_once(tmp_path, micro_rows):
     loader = PlainLoader()
     trainer = make_trainer(tmp_path, steps=1, loader=loader, micro_rows=micro_rows)
-    trainer._step(False, False)
+    trainer._step(False)
     assert sorted(loader.asked) == [(0, row) for row in range(ROWS)]
 
 
@@ -188,10 +207,10 @@ def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path):
     trainer = make_trainer(tmp_path, micro_rows=2, on_nonfinite="skip")
     poison(trainer, at=3)
     for _ in range(3):
-        trainer._step(False, False)
+        trainer._step(False)
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     state = trainer.optimizer.state_dict()
-    line = trainer._step(False, False)[0]
+    line = trainer._step(False)[0]
     assert (line["loss"], line["grad_norm"]) == (None, None)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.optimizer.state())
@@ -222,7 +241,7 @@ def test_batches_hold_distinct_rows_of_many_documents(tmp_path):
         return plain(inputs, *arguments, **options)
 
     trainer.forward = forward
-    trainer._step(False, False)
+    trainer._step(False)
     trainer._batches.close()
     assert len({tuple(row) for row in seen}) == len(seen) == ROWS
     starts = shards.documents()
