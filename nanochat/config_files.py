@@ -79,28 +79,44 @@ def require_writable(folder: str | Path) -> None:
         raise UserError(f"results = {folder}: cannot write to {existing} ({reason}). Name a writable folder.") from None
 
 
-def write_stage_settings(config: Config, folder: str | Path, keep: bool = False) -> list[str]:
+def write_stage_settings(config: Config, folder: str | Path, keep: bool = False, dry_run: bool = False) -> list[str]:
     """Write `<stage>.json` for every stage; a file whose content would not change is left alone, and so is its mtime.
 
-    Where only neutral settings change, the mtime stays too: Snakemake would delete what is finished, and make the same again.
+    Where only neutral settings change, the mtime stays too: Snakemake would delete what is finished, and make the same again. So
+    it does where settings are again those of the last real run, which `.ran/` keeps, after a dry run with others.
 
     keep     leave what is there as it is, and write only what is missing: a job that runs reads its file anew when it is restarted
     returns  the stages whose files have stayed what they were and should not have
     """
     kept = []
     for name, settings in stage_settings(config).items():
-        path = Path(folder) / f"{name}.json"
+        path, ran = Path(folder) / f"{name}.json", Path(folder) / ".ran" / f"{name}.json"
         content = settings.model_dump_json(indent=2) + "\n"
         there = path.read_text() if path.exists() else None
-        if there is not None and there != content and keep:
-            kept.append(name)
-        elif there != content:
-            with whole_file(path) as temporary:
-                temporary.write_text(content)
-                if there is not None and _decides_as(settings, there):
-                    before = path.stat().st_mtime_ns
-                    os.utime(temporary, ns=(before, before))
+        if there is not None and keep:
+            if there != content:
+                kept.append(name)
+            continue
+        if there is not None and not ran.exists():
+            _write_with_mtime(ran, there, path.stat().st_mtime_ns)
+        same = next((old for old in (ran, path) if old.exists() and _decides_as(settings, old.read_text())), None)
+        mtime = same.stat().st_mtime_ns if same else None
+        if there != content or mtime != path.stat().st_mtime_ns:
+            _write_with_mtime(path, content, mtime)
+        if not dry_run:
+            _write_with_mtime(ran, content, path.stat().st_mtime_ns)
     return kept
+
+
+def _write_with_mtime(path: Path, content: str, mtime_ns: int | None) -> None:
+    """mtime_ns  None: now"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mtime_ns is not None and path.exists() and (path.read_text(), path.stat().st_mtime_ns) == (content, mtime_ns):
+        return
+    with whole_file(path) as temporary:
+        temporary.write_text(content)
+        if mtime_ns is not None:
+            os.utime(temporary, ns=(mtime_ns, mtime_ns))
 
 
 def _decides_as(settings: Settings, text: str) -> bool:

@@ -67,12 +67,16 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file. Has the stage that writes it run?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}). Remove it and run the stage that writes it again."
+            f"{path}: not valid JSON ({error}). Damaged? Remove it and run the stage that writes it again."
         ) from None
 
 
 def read_settings(path: str | Path, kind: type[Model]) -> Model:
     """Settings of one stage, as the workflow wrote them. Raises UserError when they are not of that kind."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{path}: a command takes the settings of its stage, which the workflow writes: results/config/<stage>.json."
+        )
     try:
         return kind.model_validate(read_json(path))
     except ValueError as error:
@@ -116,12 +120,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_checksum(path: str | Path, size_bytes: int, digest: str, listed_in: str | Path, target: str) -> None:
-    """Raise UserError unless the file has that size and sha256. `target` is the stage that writes it."""
+def require_checksum(path: str | Path, size_bytes: int, digest: str, listed_in: str | Path) -> None:
+    """Raise UserError unless the file has that size and sha256, as `listed_in` says: the one file that Snakemake looks for."""
     path = Path(path)
-    remedy = f"Remove it and run the target `{target}`."
+    remedy = f"Remove {listed_in} and run the workflow again: it makes anew what is missing or damaged."
     if not path.exists():
-        raise UserError(f"{path}: missing, but listed in {listed_in}. Run the target `{target}`.")
+        raise UserError(f"{path}: missing, but listed in {listed_in}. {remedy}")
     actual = path.stat().st_size
     if actual != size_bytes:
         raise UserError(f"{path}: {actual:,} bytes, {listed_in} says {size_bytes:,}. Written only in part? {remedy}")

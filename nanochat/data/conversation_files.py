@@ -54,9 +54,7 @@ class Conversations:
         metrics = read_json(listed)
         try:
             for name, line in metrics["splits"][split]["files"].items():
-                require_checksum(
-                    folder / name, line["size_bytes"], line["sha256"], listed, f"conversations_{metrics['stage']}"
-                )
+                require_checksum(folder / name, line["size_bytes"], line["sha256"], listed)
             dtype = np.dtype(metrics["dtype"])
         except (KeyError, TypeError):
             raise UserError(

@@ -106,7 +106,7 @@ class Corpus:
     def _check(self, shard: Shard) -> None:
         if shard.file not in self._checked:
             path = self.folder / shard.file
-            require_checksum(path, shard.size_bytes, shard.sha256, self.folder / "manifest.json", "corpus")
+            require_checksum(path, shard.size_bytes, shard.sha256, self.folder / "manifest.json")
             self._checked.add(shard.file)
 
     def documents(self, split: str) -> Iterator[Document]:

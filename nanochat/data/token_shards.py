@@ -219,7 +219,7 @@ class TokenShards:
         """Size and presence, or the whole checksum, against metrics.json."""
         path, listed = self.folder / shard.file, self.folder / "metrics.json"
         if checksum or not path.exists() or path.stat().st_size != size_bytes:
-            require_checksum(path, size_bytes, shard.sha256, listed, "tokens")
+            require_checksum(path, size_bytes, shard.sha256, listed)
         if shard.tokens * self.dtype.itemsize != size_bytes:
             raise UserError(
                 f"{listed}: {shard.file} has {shard.tokens:,} tokens in {size_bytes:,} bytes, which is not {self.dtype}. "

@@ -120,13 +120,13 @@ def newest_valid(checkpoints: str | Path, fingerprint: str, say: Callable[[str],
                 continue
             for name in (MODEL, OPTIMIZER):
                 entry = state["files"][name]
-                require_checksum(folder / name, entry["size_bytes"], entry["sha256"], folder / STATE, "the stage")
+                require_checksum(folder / name, entry["size_bytes"], entry["sha256"], folder / STATE)
             return Checkpoint(folder, state["step"], state)
         except OSError as error:
             say(f"skipping the checkpoint {folder.name}, which cannot be read: {error}")
         except (UserError, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, UserError) else f"{folder / STATE}: no {error}"
-            say(f"skipping the damaged checkpoint {folder.name}: {reason.split(' Remove it')[0].split(' Run the')[0]}")
+            say(f"skipping the damaged checkpoint {folder.name}: {reason.split(' Remove ')[0]}")
     return None
 
 

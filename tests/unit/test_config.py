@@ -159,11 +159,11 @@ def test_every_profile_overlays_config_yaml(profile):
 def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
     config = Config()
     write_stage_settings(config, tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     sft = config.train.sft.model_copy(update={"epochs": 2.0})
     changed = config.model_copy(update={"train": config.train.model_copy(update={"sft": sft})})
     write_stage_settings(changed, tmp_path)
-    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert {name for name in before if before[name] != after[name]} == {"sft.json"}
     (tmp_path / "mid.json").unlink()
     assert write_stage_settings(config, tmp_path, keep=True) == ["sft"]
@@ -188,14 +188,31 @@ def test_an_error_says_what_would_be_right(values, words):
 def test_a_neutral_setting_is_written_and_makes_no_stage_run_again(tmp_path):
     """Snakemake goes by the mtime: what is finished stays, what is not reads the new value."""
     write_stage_settings(load({}), tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     how = {"train": {"trackers": ["tensorboard"], "base": {"keep_checkpoints": 7}}, "tokens": {"workers": 3}}
     write_stage_settings(load(how | {"benchmark": {"names": ["training"]}}), tmp_path)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
     assert json.loads((tmp_path / "base.json").read_text())["train"]["keep_checkpoints"] == 7
     assert json.loads((tmp_path / "benchmark.json").read_text())["benchmark"]["names"] == ["training"]
     write_stage_settings(load(how | {"benchmark": {"steps": 3}}), tmp_path)
     assert (tmp_path / "benchmark.json").stat().st_mtime_ns > before["benchmark.json"]
+
+
+def test_a_dry_run_of_other_settings_leaves_no_trace(tmp_path):
+    def mtime(values, dry_run=False):
+        write_stage_settings(load(values), tmp_path, dry_run=dry_run)
+        return (tmp_path / "base.json").stat().st_mtime_ns
+
+    longer, neutral = {"train": {"base": {"steps": 7}}}, {"train": {"base": {"keep_checkpoints": 7}}}
+    ran = mtime({})
+    assert mtime(longer, dry_run=True) > ran
+    assert mtime({}, dry_run=True) == mtime(neutral, dry_run=True) == ran
+    assert mtime(longer, dry_run=True) > ran
+    assert mtime(neutral) == ran
+    again = mtime(longer)
+    assert again > ran
+    assert mtime({}, dry_run=True) > again, "what the last real run made is of other settings"
+    assert mtime(longer) == again
 
 
 def test_what_stands_there_of_another_version_counts_as_changed(tmp_path):

@@ -41,7 +41,7 @@ try:
         # A job that is queued again reads its settings anew, and those of another training would start it from nothing. So
         # they stay while another driver works here, and in a dry run while jobs of a dead one go on, which a real one takes over.
         in_use = is_locked(run.results) or (dry_run and has_open_jobs(f"{run.results}/jobs"))
-        kept = write_stage_settings(run, f"{run.results}/config", keep=in_use)
+        kept = write_stage_settings(run, f"{run.results}/config", in_use, dry_run)
         if kept:
             logger.warning(
                 f"A run of {run.results} goes on with other settings of {', '.join(kept)}: they stay as they are until it ends."
