@@ -204,11 +204,20 @@ class Base(Stage):
     tokens_per_parameter: float = Field(
         20.0,
         gt=0,
-        description="Training horizon; 20 is compute-optimal (Hoffmann et al. 2022). Parameters: all but the token embedding.",
+        description="Training horizon; 20 is compute-optimal (Hoffmann et al. 2022). Parameters: those of matrix products; token and value "
+        "embeddings are left out.",
     )
     steps: int | None = Field(
         None, gt=0, description="Optimizer steps, instead of the horizon. Empty: from tokens_per_parameter."
     )
+
+
+MIXTURE = (
+    "Conversations to train on: a list of {name, conversations, path}. chatterbot, identity, corpus_facts, spelling, arithmetic and "
+    "multiple_choice come with the package; jsonl is your own file at `path`, a JSON list of {role, content} on each line. "
+    "conversations: how many; generated ones are made, others sampled, repeated when there are fewer. Empty: each once, and 1,000 of "
+    "those made without an end."
+)
 
 
 class Source(Settings):
@@ -235,9 +244,7 @@ def _sources(**counts: int | None) -> list[Source]:
 class ChatStage(Stage):
     """Training on conversations."""
 
-    mixture: list[Source] = Field(
-        min_length=1, description="Conversations to train on: a list of {name, conversations, path}."
-    )
+    mixture: list[Source] = Field(min_length=1, description=MIXTURE)
     epochs: float = Field(1.0, gt=0, description="Passes over the mixture.")
 
 
@@ -254,7 +261,7 @@ class Mid(ChatStage):
             multiple_choice=100_000,
         ),
         min_length=1,
-        description="Conversations to train on: a list of {name, conversations, path}.",
+        description=MIXTURE,
     )
 
 
@@ -280,20 +287,29 @@ class Train(Settings):
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="Of the matrix multiplications; weights stay float32. auto: bfloat16 where the device has it in hardware.",
+        description="Of the matrix multiplications, bfloat16 or float32; weights stay float32. auto: bfloat16 where the device has it in "
+        "hardware.",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile. auto: on for a GPU, off on a CPU."
+        "auto", description="torch.compile: on, off, or auto, on for a GPU and off on a CPU."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="A loss or gradient that is not finite: stop the run before it reaches a checkpoint, or skip the step.",
     )
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="Where to send curves, beside log.jsonl.")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="Where to send curves, beside log.jsonl: tensorboard, wandb."
+    )
     optimizer: Optimizer = Field(Optimizer(), description="Learning rates are those of a model of width 768.")
     base: Base = Field(Base(), description="Pretraining on the corpus.")
     mid: Mid = Field(Mid(), description="Midtraining: the chat format, multiple choice, tool use.")
     sft: Sft = Field(Sft(), description="Supervised finetuning, loss on the assistant's tokens only.")
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: Any) -> Any:
+        """YAML takes a bare on or off for true or false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class BatchSize(Settings):
@@ -317,7 +333,7 @@ class Evaluate(Settings):
     tasks: list[Literal["bits_per_byte", "cloze", "multiple_choice", "humaneval", "samples"]] = Field(
         ["bits_per_byte", "cloze", "multiple_choice", "humaneval", "samples"],
         min_length=1,
-        description="Which tasks, in this order.",
+        description="Which tasks, in this order; these are all there are.",
     )
     items: PositiveInt = Field(500, description="Items of the cloze and of the multiple-choice task, each.")
     humaneval_problems: int = Field(164, ge=1, le=164, description="Of the 164 problems, the first so many.")
@@ -344,7 +360,9 @@ class Benchmark(Settings):
 
     gpus: int = Field(1, ge=0, description="GPUs of the job.")
     names: list[Literal["training", "compile", "batch_size", "kv_cache", "first_token"]] = Field(
-        ["training", "compile", "batch_size", "kv_cache", "first_token"], min_length=1, description="Which benchmarks."
+        ["training", "compile", "batch_size", "kv_cache", "first_token"],
+        min_length=1,
+        description="Which benchmarks; these are all there are.",
     )
     steps: PositiveInt = Field(20, description="Timed steps a row, after the warm-up; the median is reported.")
     batch_sizes: list[PositiveInt] = Field(

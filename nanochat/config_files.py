@@ -54,6 +54,12 @@ def load(values: dict[str, Any], files: Iterable[str | Path] = ()) -> Config:
     return config
 
 
+def require_yaml(path: str | Path) -> None:
+    """Raise UserError, with the line, where the file is no YAML: Snakemake's own message names neither."""
+    if Path(path).exists():
+        _read_yaml(path)
+
+
 def load_files(files: Iterable[str | Path]) -> Config:
     """Merge YAML files, later ones over earlier ones, and check the result."""
     files = list(files)
@@ -268,6 +274,8 @@ def _stage_conflicts(path: tuple[str, ...], stage: Stage) -> Iterable[tuple[tupl
         key = (*path, "mixture", str(number))
         if source.name == "jsonl" and not source.path:
             yield (*key, "path"), "(empty)", "source `jsonl` needs the path of a file."
+        elif source.path and source.name != "jsonl":
+            yield (*key, "path"), source.path, f"source `{source.name}` reads no file. Your own file is `name: jsonl`."
         elif source.path and not Path(source.path).is_file():
             yield (*key, "path"), source.path, "no such file."
 
@@ -296,7 +304,7 @@ def _explain(error: dict[str, Any], sources: list[tuple[str, Any]]) -> str:
     types = {
         "int_type": "not a whole number.",
         "float_type": "not a number."
-        + (" YAML reads 1e-3 as text: write 0.001 or 1.0e-3." if isinstance(value, str) else ""),
+        + (" YAML reads 1e-3 as text: write 0.001 or 1.0e-3." if re.fullmatch(r"-?\d+e-?\d+", str(value)) else ""),
         "string_type": "not a text.",
         "list_type": "not a list.",
         "bool_type": "not true or false.",

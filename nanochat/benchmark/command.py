@@ -160,8 +160,9 @@ def write(
     for row in rows:
         done.append(row)
         kept()
+    absent = "there is no such row" if gpus else "there is no such row without a GPU"
     if arguments.case and not done and not facts.keys() & set(arguments.case):
-        raise UserError(f"benchmark {arguments.name}: --case {' --case '.join(arguments.case)}: there is no such row.")
+        raise UserError(f"benchmark {arguments.name}: --case {' --case '.join(arguments.case)}: {absent}.")
     kept()
     say(f"benchmark {arguments.name}", f"wrote {path}")
 

@@ -45,7 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if problem := sampling.problem():
         raise UserError(f"{problem}.")
-    tokenizer = Tokenizer.load(arguments.tokenizer or Path(arguments.model).resolve().parent / "tokenizer")
+    model_folder = Path(arguments.model)
+    if not (model_folder / "config.json").exists():
+        inside = ", ".join(str(path.parent) for path in sorted(model_folder.glob("*/model.safetensors")))
+        wanted = f"It has {inside}" if inside else "Name the folder of a stage, like results/sft"
+        raise UserError(f"-m {arguments.model}: holds no model. {wanted}.")
+    tokenizer = Tokenizer.load(arguments.tokenizer or model_folder.resolve().parent / "tokenizer")
     device = hardware.pick_device(0 if arguments.cpu else None)
     dtype = hardware.resolve_dtype("auto", device)
     model = load_model(arguments.model, device, dtype, tokenizer_sha256=tokenizer.sha256)

@@ -10,8 +10,8 @@ from nanochat.report.words import WORDS
 
 BENCHMARKS = {
     "training": "training before/after was not measured",
-    "batch_size": None,
-    "compile": None,
+    "batch_size": "speed over the batch size was not measured",
+    "compile": "what compiling takes and gives was not measured",
     "kv_cache": "decoding with and without KV cache was not measured",
     "first_token": "the first-token test was not run",
 }

@@ -52,6 +52,7 @@ FEW_STEPS = 10  # so few are hardly a training: the learning rate barely comes d
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     stage = parser.prog.split()[-1]
+    parser.set_defaults(stage=stage)
     parser.add_argument("--config", required=True, help="settings of this stage (JSON)")
     parser.add_argument("--plan", required=True, help="batch-size plan (JSON)")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer stage")
@@ -66,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments.config, command_settings.TrainingSettings)
+    if settings.stage != arguments.stage:
+        raise UserError(
+            f"{arguments.config}: stage = {settings.stage!r}: these are not the settings of {arguments.stage}."
+        )
     # Without a given seed anywhere else, nothing may depend on what ran before in this process.
     torch.manual_seed(settings.seed)
     with world(settings.train.gpus) as ranks:
@@ -128,7 +133,7 @@ def _run(settings: command_settings.TrainingSettings, arguments: argparse.Namesp
     model = _model(settings, arguments, tokenizer, ranks)
     steps = _steps(settings, model, inputs.loader)
     tell(
-        f"{model.config.depth} layers x {model.config.width}, {model.matmul_parameters():,} parameters without the embedding, "
+        f"{model.config.depth} layers x {model.config.width}, {model.matmul_parameters():,} parameters in matrix products, "
         f"{steps:,} steps of {train.tokens_per_step:,} tokens, {batches['device_batch_size']} rows a micro-batch, "
         f"{str(model.compute_dtype).removeprefix('torch.')} on {ranks.size} x {hardware.device_name(ranks.device)}"
     )
@@ -250,7 +255,7 @@ def _model(
 
 
 def _steps(settings: command_settings.TrainingSettings, model: GPT, loader: StepLoader) -> int:
-    """Base: tokens_per_parameter x parameters (all but the token embedding), or `steps`. Chat: epochs over the rows."""
+    """Base: tokens_per_parameter x parameters (those of matrix products), or `steps`. Chat: epochs over the rows."""
     train = settings.train
     if isinstance(train, config.Base):
         horizon = train.tokens_per_parameter * model.matmul_parameters() / train.tokens_per_step

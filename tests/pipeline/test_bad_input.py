@@ -50,3 +50,14 @@ def test_bad_input_ends_before_any_job(fresh_checkout, name):
     assert 1 <= len(message) <= 2, message
     assert kept.read_text() == "{}"
     assert not (checkout.folder / "results/jobs").exists()
+
+
+@pytest.mark.slow
+def test_a_slip_of_yaml_is_named_with_its_line(fresh_checkout):
+    path = fresh_checkout.folder / "config.yaml"
+    path.write_text("seed: 1\nmodel:\n  depth:4\n  width: 64\n")
+    code, output = fresh_checkout.finish(fresh_checkout.start(*fresh_checkout.snakemake()))
+    assert code == 2
+    assert "config.yaml: not valid YAML: " in output
+    assert "line 4" in output
+    assert "Traceback" not in output

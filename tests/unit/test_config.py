@@ -171,9 +171,18 @@ def test_stage_settings_are_rewritten_only_when_they_change(tmp_path):
     assert (tmp_path / "mid.json").exists()
 
 
+def test_a_bare_on_or_off_means_what_it_says(tmp_path):
+    (tmp_path / "a.yaml").write_text("train:\n  compile: off\n")
+    assert load_files([tmp_path / "a.yaml"]).train.compile == "off"
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        (
+            {"train": {"sft": {"mixture": [{"name": "identity", "path": "chats.jsonl"}]}}},
+            "reads no file. Your own file is `name: jsonl`",
+        ),
         ({"train": {"sft": {"steps": 3}}}, r"train\.sft\.steps: no such setting\. Known here: .*epochs"),
         ({"model": {"steps": 3}}, r"Did you mean train\.base\.steps\?"),
         ({"corpus": {"paths": None}}, r"corpus\.paths = \(empty\): not a list"),

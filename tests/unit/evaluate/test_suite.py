@@ -101,3 +101,13 @@ def test_one_question_through_the_command(run_folder, capsys):
     assert main(["chat", "-m", str(run_folder / "sft"), *arguments]) == 0
     assert main(["chat", "-m", str(run_folder / "sft"), "--temperature", "-1", "-q", "x"]) == 2
     assert "temperature = -1.0: must be 0 (greedy) or more" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_named(run_folder, capsys):
+    assert main(["chat", "-m", str(run_folder), "-q", "x"]) == 2
+    assert (
+        f"-m {run_folder}: holds no model. It has {run_folder / 'base'}, {run_folder / 'sft'}."
+        in capsys.readouterr().err
+    )
+    assert main(["chat", "-m", "nowhere", "-q", "x"]) == 2
+    assert "-m nowhere: holds no model. Name the folder of a stage, like results/sft." in capsys.readouterr().err

@@ -74,6 +74,14 @@ def test_checkpoints_that_a_killed_attempt_left_do_not_spare_the_next_training(t
     assert not Path(arguments["--checkpoints"]).exists()
 
 
+def test_settings_of_another_stage_are_refused(tmp_path, monkeypatch):
+    arguments = write_run(tmp_path)
+    settings = read_json(tmp_path / "base.json")
+    write_json(tmp_path / "base.json", settings | {"stage": "sft"})
+    with pytest.raises(UserError, match=r"base\.json: stage = 'sft': these are not the settings of base"):
+        run_here(arguments, monkeypatch)
+
+
 def test_changed_settings_train_anew(tmp_path, monkeypatch):
     arguments = write_run(tmp_path, steps=6)
     run_here(arguments, monkeypatch)
