@@ -105,9 +105,8 @@ def test_one_question_through_the_command(run_folder, capsys):
 
 def test_a_folder_without_a_model_is_named(run_folder, capsys):
     assert main(["chat", "-m", str(run_folder), "-q", "x"]) == 2
-    assert (
-        f"-m {run_folder}: holds no model. It has {run_folder / 'base'}, {run_folder / 'sft'}."
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert f"-m {run_folder}: holds no model. It has {run_folder / 'base'}, " in told
+    assert f"{run_folder / 'sft'}" in told
     assert main(["chat", "-m", "nowhere", "-q", "x"]) == 2
     assert "-m nowhere: holds no model. Name the folder of a stage, like results/sft." in capsys.readouterr().err
