@@ -27,6 +27,12 @@ class CorpusSettings(Settings):
     seed: int
     corpus: Corpus
 
+    def decisive(self) -> dict[str, Any]:
+        """Without what only other sources read."""
+        read_by = {"directory": {"paths"}, "huggingface": {"repo_id", "pattern", "revision"}}
+        unread = {key for source, keys in read_by.items() if source != self.corpus.source for key in keys}
+        return self.model_dump(mode="json", exclude={"corpus": unread})
+
 
 class TokenizerSettings(Settings):
     tokenizer: Tokenizer

@@ -207,6 +207,19 @@ def test_a_neutral_setting_is_written_and_makes_no_stage_run_again(tmp_path):
     assert (tmp_path / "benchmark.json").stat().st_mtime_ns > before["benchmark.json"]
 
 
+def test_keys_that_the_source_of_the_text_does_not_read_make_nothing_run_again(tmp_path):
+    bundled = {"source": "bundled"}
+    write_stage_settings(load({"corpus": bundled}), tmp_path)
+    before = (tmp_path / "corpus.json").stat().st_mtime_ns
+    write_stage_settings(load({"corpus": bundled | {"pattern": "other.parquet"}}), tmp_path)
+    assert (tmp_path / "corpus.json").stat().st_mtime_ns == before
+    write_stage_settings(load({"corpus": {"source": "huggingface", "pattern": "other.parquet"}}), tmp_path)
+    changed = (tmp_path / "corpus.json").stat().st_mtime_ns
+    assert changed > before
+    write_stage_settings(load({"corpus": {"source": "huggingface", "pattern": "more.parquet"}}), tmp_path)
+    assert (tmp_path / "corpus.json").stat().st_mtime_ns > changed
+
+
 def test_a_dry_run_of_other_settings_leaves_no_trace(tmp_path):
     def mtime(values, dry_run=False):
         write_stage_settings(load(values), tmp_path, dry_run=dry_run)
