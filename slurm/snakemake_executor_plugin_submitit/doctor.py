@@ -279,22 +279,26 @@ def probe_folder(folder: Path, request: Request, seconds: int = 20) -> Finding:
             "--job-name=doctor",
             "--export=PATH",
         ]
-        options += [f"--partition={request.partition}"] if request.partition else []
-        options += [f"--account={request.account}"] if request.account else []
-        options += [f"--qos={request.qos}"] if request.qos else []
+        # srun does not read sbatch's variables.
+        for flag, asked in (("partition", request.partition), ("account", request.account), ("qos", request.qos)):
+            value, _ = _or_environment(asked, flag, f"SBATCH_{flag.upper()}")
+            options += [f"--{flag}={value}"] if value else []
+        command = ["sh", "-c", 'echo started; touch "$0"', str(wanted)]  # what is said before it starts is srun's own
+        started = False
         try:
-            done = subprocess.run(
-                ["srun", *options, "touch", str(wanted)], capture_output=True, text=True, timeout=3 * seconds
-            )
-            words = done.stderr.strip()
+            done = subprocess.run(["srun", *options, *command], capture_output=True, text=True, timeout=3 * seconds)
+            words, started = done.stderr.strip(), "started" in done.stdout
         except subprocess.TimeoutExpired:
             words = "no answer"
         if wanted.exists():
             return Finding(OK, f"{folder} is written by a node and seen here")
-        if "immediate" in words.lower() or "no answer" in words or "busy" in words.lower():
+        if not started and ("immediate" in words.lower() or "no answer" in words or "busy" in words.lower()):
             return Finding(WARNING, f"{folder}: not checked", f"no node was free within {seconds} s")
-        last = words.splitlines()[-1] if words else "no message"
-        return Finding(FATAL, f"{folder}: a node could not write it ({last})", "use a folder that all nodes share")
+        lines = words.splitlines() or ["no message"]
+        if not started:
+            return Finding(WARNING, f"{folder}: not checked", f"srun was refused: {lines[-1]}")
+        said = next((line for line in lines if not line.startswith("srun:")), lines[-1])
+        return Finding(FATAL, f"{folder}: a node could not write it ({said})", "use a folder that all nodes share")
 
 
 def minutes(text: str | None) -> int | None:

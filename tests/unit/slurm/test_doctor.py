@@ -1,7 +1,7 @@
 """The doctor names what a cluster would refuse or never start, and what would be right."""
 
 import pytest
-from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, profile_requests
+from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, probe_folder, profile_requests
 from snakemake_executor_plugin_submitit.resources import Request
 
 
@@ -217,3 +217,55 @@ def test_a_profile_may_leave_the_number_of_gpus_to_the_rules(tmp_path):
     )
     request = profile_requests(tmp_path)["base"]
     assert (request.gpus, request.gpu_model) == (1, "a100")
+
+
+SRUN = """#!/bin/sh
+for word; do case $word in --*) echo "$word" >> "$SRUN_OPTIONS"; shift;; *) break;; esac; done
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Puts a shell script in the place of a command of SLURM, which a machine of the unit tests has not."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("SRUN_OPTIONS", str(tmp_path / "options"))
+    (tmp_path / "bin").mkdir()
+
+    def write(name: str, script: str):
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    return write
+
+
+def test_the_probe_of_the_folder_takes_what_sbatch_would_take(command, tmp_path, monkeypatch):
+    command("srun", SRUN + '"$@"\n')
+    for name in ("ACCOUNT", "PARTITION", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", f"my-{name.lower()}")
+    assert probe_folder(tmp_path, Request(partition="gpu")).level == "ok"
+    options = (tmp_path / "options").read_text().split()
+    assert {"--partition=gpu", "--account=my-account", "--qos=my-qos"} <= set(options)
+
+
+@pytest.mark.parametrize(
+    ("does", "level", "words"),
+    [
+        (
+            "echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1",
+            "warning",
+            "not checked: srun was refused: srun: error: Unable to allocate resources: Invalid account",
+        ),
+        ("echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1", "warning", "free"),
+        (
+            "echo started; echo 'touch: Permission denied' >&2; echo 'srun: error: task 0: Exited' >&2; exit 1",
+            "fatal",
+            "a node could not write it (touch: Permission denied)",
+        ),
+        ("echo started", "fatal", "a node could not write it"),
+    ],
+)
+def test_only_what_a_node_said_is_held_against_the_folder(command, tmp_path, does, level, words):
+    command("srun", SRUN + does)
+    finding = probe_folder(tmp_path, Request())
+    assert finding.level == level
+    assert words in str(finding)
