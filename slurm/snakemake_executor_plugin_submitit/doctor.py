@@ -57,12 +57,13 @@ class Cluster:
                 "SLURM does not answer: `scontrol show config` failed. Is this a login node of the cluster?"
             )
         partitions = {}
-        for line in _run("scontrol", "show", "partition", "--oneliner").splitlines():
+        # --all: a site may hide partitions from these lists, and sbatch takes them still.
+        for line in _run("scontrol", "--all", "show", "partition", "--oneliner").splitlines():
             fields = dict(item.split("=", 1) for item in line.split() if "=" in item)
             partitions[fields.get("PartitionName", "")] = fields
         gres: dict[str, str] = {}
         largest: dict[str, tuple[int, int]] = {}
-        for line in _run("sinfo", "--noheader", "--exact", "-o", "%R|%G|%c|%m").splitlines():
+        for line in _run("sinfo", "--all", "--noheader", "--exact", "-o", "%R|%G|%c|%m").splitlines():
             name, value, cpus, memory = line.split("|")
             gres[name] = ",".join(filter(None, [gres.get(name), value]))
             if cpus.isdigit() and memory.isdigit():

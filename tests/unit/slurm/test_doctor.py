@@ -269,3 +269,20 @@ def test_only_what_a_node_said_is_held_against_the_folder(command, tmp_path, doe
     finding = probe_folder(tmp_path, Request())
     assert finding.level == level
     assert words in str(finding)
+
+
+def test_hidden_partitions_are_known(command):
+    command(
+        "scontrol",
+        """#!/bin/sh
+case "$*" in
+  *"show config"*) echo "ClusterName = artemis";;
+  *--all*"show partition"*) echo "PartitionName=open State=UP"; echo "PartitionName=a100 State=UP MaxTime=1:00:00";;
+  *"show partition"*) echo "PartitionName=open State=UP";;
+esac
+""",
+    )
+    command("sinfo", '#!/bin/sh\ncase "$*" in *--all*) echo "a100|gpu:a100:4|64|512000";; esac\n')
+    cluster = Cluster.ask()
+    assert list(cluster.partitions) == ["open", "a100"]
+    assert cluster.gres == {"a100": "gpu:a100:4"}
