@@ -182,7 +182,7 @@ def _on_partition(cluster: Cluster, rule: str, request: Request, name: str) -> l
 def _gpus(cluster: Cluster, rule: str, request: Request, name: str) -> list[Finding]:
     offered = cluster.gres.get(name, "")
     counts = [int(match) for match in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", offered)]
-    models = set(re.findall(r"gpu:([A-Za-z][\w.-]*):\d+", offered))
+    models = set(re.findall(r"gpu:([\w.-]+):\d+", offered))  # "gpu:4" names none
     found = []
     if request.gpus and not counts:
         found.append(

@@ -88,6 +88,22 @@ def test_what_can_run_is_not(cluster):
     assert [finding for finding in examine(cluster, requests) if finding.level == "fatal"] == []
 
 
+@pytest.mark.parametrize(
+    ("offered", "model"),
+    [("gpu:2080ti:8,gpu:a100:4", "2080ti"), ("gpu:3090:8(S:0-1)", "3090"), ("gpu:8", "a100"), ("gpu:8(S:0-1)", "a100")],
+)
+def test_a_model_of_gpus_may_begin_with_a_digit(cluster, offered, model):
+    cluster.gres["gpu"] = offered
+    request = Request(partition="gpu", gpus=4, gpu_model=model, runtime_minutes=60)
+    assert [finding for finding in examine(cluster, {"base": request}) if finding.level == "fatal"] == []
+
+
+def test_of_gpus_named_by_digits_too_only_those_offered_are_taken(cluster):
+    cluster.gres["gpu"] = "gpu:3090:8(S:0-1)"
+    (fatal,) = examine(cluster, {"base": Request(partition="gpu", gpus=4, gpu_model="a100", runtime_minutes=60)})
+    assert str(fatal) == "rule base: gpu_model = a100: partition gpu has 3090: use 3090"
+
+
 def test_each_of_several_partitions_is_looked_up(cluster):
     request = Request(partition="gpu,lnog,general", runtime_minutes=60)
     (fatal,) = [str(finding) for finding in examine(cluster, {"base": request}) if finding.level == "fatal"]
