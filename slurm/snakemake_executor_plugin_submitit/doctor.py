@@ -213,12 +213,13 @@ def _account(cluster: Cluster, rule: str, request: Request, partition: dict, nam
     enforced = "associations" in cluster.config.get("AccountingStorageEnforce", "")
     account, account_key = _or_environment(request.account, "slurm_account", "SBATCH_ACCOUNT")
     qos, qos_key = _or_environment(request.qos, "qos", "SBATCH_QOS")
-    if account and cluster.accounts and account not in cluster.accounts:
+    same = (account or "").lower()  # as SLURM compares them
+    if account and cluster.accounts and same not in {name.lower() for name in cluster.accounts}:
         yours = ", ".join(sorted(cluster.accounts))
         level = FATAL if enforced else WARNING
         found.append(Finding(level, f"rule {rule}: {account_key} = {account} is not yours", f"yours: {yours}"))
     allowed = partition.get("AllowAccounts", "ALL")
-    if account and allowed != "ALL" and account not in allowed.split(","):
+    if account and allowed != "ALL" and same not in allowed.lower().split(","):
         found.append(Finding(FATAL, f"rule {rule}: partition {name} does not take {account}", f"it takes {allowed}"))
     if qos and cluster.qos and qos not in cluster.qos:
         yours = ", ".join(sorted(cluster.qos))

@@ -104,6 +104,12 @@ def test_of_gpus_named_by_digits_too_only_those_offered_are_taken(cluster):
     assert str(fatal) == "rule base: gpu_model = a100: partition gpu has 3090: use 3090"
 
 
+def test_accounts_are_compared_as_slurm_does_whatever_their_case(cluster):
+    cluster.partitions["gpu"]["AllowAccounts"] = "Lab,staff"
+    requests = {"base": Request(partition="gpu", account="LAB", gpus=1, runtime_minutes=60)}
+    assert [finding for finding in examine(cluster, requests) if finding.level == "fatal"] == []
+
+
 def test_each_of_several_partitions_is_looked_up(cluster):
     request = Request(partition="gpu,lnog,general", runtime_minutes=60)
     (fatal,) = [str(finding) for finding in examine(cluster, {"base": request}) if finding.level == "fatal"]
