@@ -100,6 +100,20 @@ def test_several_gpus_start_a_rank_each(tmp_path, code):
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
+@pytest.mark.parametrize(("cpus", "ranks", "threads"), [(16, 4, "4"), (2, 4, "1")])
+def test_the_ranks_share_the_cpus_of_the_allocation(monkeypatch, cpus, ranks, threads):
+    torchrun = pytest.importorskip("torch.distributed.run")
+    given = []
+    monkeypatch.setattr(torchrun, "run", lambda _: given.append(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", clean())
+    os.environ.pop("OMP_NUM_THREADS", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert launch._torchrun(ranks, 1, ["true"]) == 0
+    assert given == [threads]
+
+
 @pytest.mark.slow
 def test_ranks_decide_about_sigterm_themselves(tmp_path):
     """SLURM signals every process of a job; torchrun must not end ranks that save."""
