@@ -8,7 +8,8 @@ The words are those of Snakemake's stock slurm executor, where it has one:
     gpu, gpu_model     GPUs of the whole job, and which
     nodes              a multiple-node job starts once; `nanochat-launch` spreads it
     slurm_partition, slurm_account, qos, constraint
-    gres               instead of gpu, for sites that name their GPUs oddly: "gpu:a100:4"
+    gres               of each node, for sites that name their GPUs oddly or refuse --gpus-per-node: "gpu:a100:4"; GPUs in it are
+                       asked for in place of gpu, which then must be as many or missing
     slurm_extra        further sbatch flags, e.g. "--exclude=node7 --mail-type=END"
 """
 
@@ -201,16 +202,22 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
                 f"`resources: {key}`. Remove that limit, or ask for {resources[key]} with `set-resources`"
             )
     nodes, gpus, gres, model = number("nodes", 1, 1), number("gpu", 0, 0), word("gres"), word("gpu_model")
-    if gres and (gpus or model):
+    in_gres = gres_gpus(gres) * nodes if gres else 0
+    if in_gres and "gpu" in resources and gpus != in_gres:
+        instead = f"a gres of {gpus // nodes} a node" if gpus and gpus % nodes == 0 else "no gres"
         raise ValueError(
-            f"rule {rule}: resources.gres = {gres!r} and resources.gpu/gpu_model both ask for GPUs: keep one"
+            f"rule {rule}: resources.gpu = {gpus}, but resources.gres = {gres!r} on {nodes} node(s) asks for {in_gres} GPUs: "
+            f"set gpu = {in_gres}, or {instead}"
+        )
+    if in_gres and model:
+        raise ValueError(
+            f"rule {rule}: resources.gres = {gres!r} and resources.gpu_model = {model!r} both name GPUs: keep one"
         )
     if gpus == 0 and "gpu" in resources:
         model = None  # a profile names the model for a stage, its settings may still say: no GPU
     if model and not gpus:
         raise ValueError(f"rule {rule}: resources.gpu_model = {model!r} without resources.gpu: say how many")
-    if gres:
-        gpus = gres_gpus(gres) * nodes
+    gpus = in_gres or gpus
     if gpus % nodes:
         raise ValueError(
             f"rule {rule}: resources.gpu = {gpus} does not divide by resources.nodes = {nodes}: "
@@ -287,7 +294,7 @@ def slurm_parameters(request: Request, name: str, environment: list[str]) -> dic
     """Parameters for submitit's SlurmExecutor; `environment`: names of the variables that the job gets to see."""
     task = [f"--cpus-per-task={request.cpus}"]  # since 22.05 srun does not inherit it
     extra: dict = {"requeue": True, "export": ",".join(environment), **request.extra}
-    if request.gpus and not request.gres:
+    if request.gpus and not gres_gpus(request.gres or ""):
         count = request.gpus_per_node
         extra["gpus-per-node"] = f"{request.gpu_model}:{count}" if request.gpu_model else str(count)
     if request.memory_mb:

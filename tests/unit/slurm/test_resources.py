@@ -88,7 +88,15 @@ def test_a_job_without_gpus_asks_for_none():
     ("resources", "message"),
     [
         ({"gpu": 3, "nodes": 2}, "resources.gpu = 3 does not divide by resources.nodes = 2: 2 or 4 would"),
-        ({"gpu": 1, "gres": "gpu:1"}, "resources.gres = 'gpu:1' and resources.gpu/gpu_model both ask for GPUs"),
+        (
+            {"gpu": 8, "nodes": 2, "gres": "gpu:a100:2"},
+            "resources.gpu = 8, but resources.gres = 'gpu:a100:2' on 2 node(s) asks for 4 GPUs: set gpu = 4, or a gres of 4 a node",
+        ),
+        ({"gpu": 0, "gres": "gpu:2"}, "on 1 node(s) asks for 2 GPUs: set gpu = 2, or no gres"),
+        (
+            {"gpu": 1, "gpu_model": "a100", "gres": "gpu:1"},
+            "resources.gres = 'gpu:1' and resources.gpu_model = 'a100' both name GPUs: keep one",
+        ),
         ({"gpu_model": "a100"}, "resources.gpu_model = 'a100' without resources.gpu"),
         ({"runtime": 0}, "resources.runtime = 0: must be a whole number, at least 1"),
         ({"mem_mb": "lots"}, "resources.mem_mb = 'lots': must be a whole number"),
@@ -122,6 +130,25 @@ def test_a_limit_that_clips_a_rules_gpus_is_refused():
 def test_gres_counts_gpus(gres, gpus):
     assert gres_gpus(gres) == gpus
     assert read("base", {"gres": gres, "nodes": 2}, 1).gpus == 2 * gpus
+
+
+@pytest.mark.parametrize(
+    ("resources", "asks", "not_"),
+    [
+        (
+            {"gpu": 8, "nodes": 2, "gres": "gpu:a100:4"},
+            "--gres=gpu:a100:4",
+            "gpus-per-node",
+        ),  # a workflow's rules say gpu too
+        ({"gpu": 4, "gres": "lustre:1"}, "--gpus-per-node=4", "gpu:"),
+    ],
+)
+def test_gpus_are_asked_for_once_by_gres_where_it_has_some(resources, asks, not_):
+    assert read("base", resources, 1).gpus == resources["gpu"]
+    text = script(resources)
+    assert f"#SBATCH {asks}\n" in text
+    assert f"#SBATCH --gres={resources['gres']}\n" in text
+    assert not_ not in text
 
 
 def test_no_secret_is_in_the_allow_list():
