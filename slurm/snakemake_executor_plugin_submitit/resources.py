@@ -196,6 +196,8 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
 
     for key in ("gpu", "nodes"):
         asked = (declared or {}).get(key)
+        if hasattr(asked, "is_evaluable"):  # a Resource of Snakemake's
+            asked = None if asked.is_evaluable() else asked.value
         if isinstance(asked, int) and isinstance(resources.get(key), int) and asked > resources[key]:
             raise ValueError(
                 f"rule {rule}: resources.{key} = {asked} was clipped to {resources[key]} by the profile's global "

@@ -1,6 +1,7 @@
 """Snakemake's resources become sbatch parameters; contradictions are refused with rule, key, value and what would be right."""
 
 import pytest
+from snakemake.resources import Resource
 from snakemake_executor_plugin_submitit.resources import ENVIRONMENT, gres_gpus, read, slurm_parameters
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -119,11 +120,17 @@ def test_contradictions_are_refused(resources, message):
     assert message in str(error.value)
 
 
-def test_a_limit_that_clips_a_rules_gpus_is_refused():
+@pytest.mark.parametrize("declared", [8, Resource("gpu", 8)])
+def test_a_limit_that_clips_a_rules_gpus_is_refused(declared):
     with pytest.raises(
         ValueError, match=r"resources.gpu = 8 was clipped to 2 by the profile's global `resources: gpu`"
     ):
-        read("base", {"gpu": 2}, 1, declared={"gpu": 8})
+        read("base", {"gpu": 2}, 1, declared={"gpu": declared})
+
+
+def test_what_a_rule_computes_for_each_job_is_no_contradiction():
+    declared = {"gpu": Resource("gpu", lambda wildcards: 8), "nodes": Resource("", None)}
+    assert read("base", {"gpu": 2}, 1, declared).gpus == 2
 
 
 @pytest.mark.parametrize(("gres", "gpus"), [("gpu:a100:4", 4), ("gpu:2,lustre:1", 2), ("gpu", 1), ("lustre:1", 0)])
