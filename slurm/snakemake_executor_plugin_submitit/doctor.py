@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from . import resources
-from .resources import Request
+from .resources import Request, said, to_change
 
 FATAL, WARNING, OK = "fatal", "warning", "ok"
 NETWORKLESS = {"tmpfs", "ramfs", "overlay"}
@@ -164,7 +164,9 @@ def _on_partition(cluster: Cluster, rule: str, request: Request, name: str) -> l
         found.append(Finding(WARNING, f"rule {rule}: no runtime", change))
     nodes = partition.get("MaxNodes", "")
     if nodes.isdigit() and request.nodes > int(nodes):
-        found.append(Finding(FATAL, f"rule {rule}: nodes = {request.nodes}", f"partition {name} allows {nodes}"))
+        found.append(
+            Finding(FATAL, f"rule {rule}: {said(rule, 'nodes', request.nodes)}", f"partition {name} allows {nodes}")
+        )
     cpus, memory = cluster.largest_node.get(name, (None, None))
     if cpus and partition.get("MaxCPUsPerNode", "").isdigit():
         cpus = min(cpus, int(partition["MaxCPUsPerNode"]))
@@ -183,19 +185,16 @@ def _gpus(cluster: Cluster, rule: str, request: Request, name: str) -> list[Find
     offered = cluster.gres.get(name, "")
     counts = [int(match) for match in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", offered)]
     models = set(re.findall(r"gpu:([\w.-]+):\d+", offered))  # "gpu:4" names none
+    asked = f"rule {rule}: {said(rule, 'gpu', request.gpus)}"
     found = []
     if request.gpus and not counts:
-        found.append(
-            Finding(FATAL, f"rule {rule}: gpu = {request.gpus}: partition {name} has no GPUs", "use another one")
-        )
-    elif request.gpus_per_node > max(counts, default=0):
-        found.append(
-            Finding(
-                FATAL,
-                f"rule {rule}: gpu = {request.gpus} on {request.nodes} node(s): partition {name} has {max(counts)} a node",
-                f"set nodes = {-(-request.gpus // max(counts))} or fewer GPUs",
-            )
-        )
+        found.append(Finding(FATAL, f"{asked}: partition {name} has no GPUs", "use another one"))
+    elif request.gpus_per_node > (most := max(counts, default=0)):
+        change = f"set {to_change(rule, 'gpu')} = {most} or fewer"
+        if resources.spreads(rule):
+            nodes = next(n for n in range(-(-request.gpus // most), request.gpus + 1) if request.gpus % n == 0)
+            change += f", or {to_change(rule, 'nodes')} = {nodes}"
+        found.append(Finding(FATAL, f"{asked} on {request.nodes} node(s): partition {name} has {most} a node", change))
     if request.gpu_model and models and request.gpu_model not in models:
         have = ", ".join(sorted(models))
         found.append(

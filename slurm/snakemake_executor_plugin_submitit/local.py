@@ -11,7 +11,7 @@ import submitit
 
 from . import exits, slots
 from .job import Allocation
-from .resources import Request
+from .resources import Request, said, to_change
 from .status import Observation
 from .work import Submission
 
@@ -37,12 +37,12 @@ class LocalCluster:
         """Raises ValueError when this machine can never run the job."""
         if request.nodes > 1:
             raise ValueError(
-                f"rule {rule}: resources.nodes = {request.nodes}: this machine is one; use a SLURM profile"
+                f"rule {rule}: resources.{said(rule, 'nodes', request.nodes)}: this machine is one; use a SLURM profile"
             )
         if request.gpus > len(self.gpus):
             raise ValueError(
-                f"rule {rule}: resources.gpu = {request.gpus}: this machine has {len(self.gpus)}"
-                f" ({', '.join(self.gpus) or 'none'}). Ask for fewer where the workflow sets it, or use a SLURM profile"
+                f"rule {rule}: resources.{said(rule, 'gpu', request.gpus)}: this machine has {len(self.gpus)}"
+                f" ({', '.join(self.gpus) or 'none'}). Set {to_change(rule, 'gpu')} to {len(self.gpus)}{' or fewer' if self.gpus else ''}, or use a SLURM profile"
             )
 
     def submit(self, allocation: Allocation, submission: Submission) -> None:

@@ -145,6 +145,32 @@ SHORT_WITHOUT_VALUE = {
 }
 
 
+# Where the users of this project's workflow say how many: a setting of config.yaml, from which the rule takes its resource.
+SETTINGS = {
+    **{(stage, "gpu"): f"train.{stage}.gpus" for stage in ("base", "mid", "sft")},
+    **{(stage, "nodes"): f"train.{stage}.nodes" for stage in ("base", "mid", "sft")},
+    ("batch_size_plan", "gpu"): "train.<stage>.gpus",
+    ("evaluate_stage", "gpu"): "evaluate.gpus",
+    ("run_benchmark", "gpu"): "benchmark.gpus",
+}
+
+
+def to_change(rule: str, key: str) -> str:
+    """What a user sets to give a rule another number: a setting, or the resource itself where the rule is not of the workflow."""
+    return SETTINGS.get((rule, key), key)
+
+
+def spreads(rule: str) -> bool:
+    """Whether more nodes would help: of the workflow's rules with GPUs only those that train."""
+    return (rule, "nodes") in SETTINGS or (rule, "gpu") not in SETTINGS
+
+
+def said(rule: str, key: str, value: int) -> str:
+    """ "gpu = 8 (train.base.gpus in config.yaml)": a resource, and where it stands if that is known."""
+    setting = SETTINGS.get((rule, key))
+    return f"{key} = {value}" + (f" ({setting} in config.yaml)" if setting else "")
+
+
 @dataclass(frozen=True)
 class Request:
     """What one job asks for. `gpus` counts the whole job, `memory_mb` each node; `runtime_minutes` None is the site's default."""
@@ -200,16 +226,16 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
             asked = None if asked.is_evaluable() else asked.value
         if isinstance(asked, int) and isinstance(resources.get(key), int) and asked > resources[key]:
             raise ValueError(
-                f"rule {rule}: resources.{key} = {asked} was clipped to {resources[key]} by the profile's global "
-                f"`resources: {key}`. Remove that limit, or ask for {resources[key]} with `set-resources`"
+                f"rule {rule}: resources.{said(rule, key, asked)} was clipped to {resources[key]} by the profile's global "
+                f"`resources: {key}`. Remove that limit, or set {to_change(rule, key)} = {resources[key]}"
             )
     nodes, gpus, gres, model = number("nodes", 1, 1), number("gpu", 0, 0), word("gres"), word("gpu_model")
     in_gres = gres_gpus(gres) * nodes if gres else 0
     if in_gres and "gpu" in resources and gpus != in_gres:
         instead = f"a gres of {gpus // nodes} a node" if gpus and gpus % nodes == 0 else "no gres"
         raise ValueError(
-            f"rule {rule}: resources.gpu = {gpus}, but resources.gres = {gres!r} on {nodes} node(s) asks for {in_gres} GPUs: "
-            f"set gpu = {in_gres}, or {instead}"
+            f"rule {rule}: resources.{said(rule, 'gpu', gpus)}, but resources.gres = {gres!r} on {nodes} node(s) asks for "
+            f"{in_gres} GPUs: set {to_change(rule, 'gpu')} = {in_gres}, or {instead}"
         )
     if in_gres and model:
         raise ValueError(
@@ -218,11 +244,13 @@ def read(rule: str, resources: dict, threads: int, declared: dict | None = None)
     if gpus == 0 and "gpu" in resources:
         model = None  # a profile names the model for a stage, its settings may still say: no GPU
     if model and not gpus:
-        raise ValueError(f"rule {rule}: resources.gpu_model = {model!r} without resources.gpu: say how many")
+        raise ValueError(
+            f"rule {rule}: resources.gpu_model = {model!r} without resources.gpu: set {to_change(rule, 'gpu')}"
+        )
     gpus = in_gres or gpus
     if gpus % nodes:
         raise ValueError(
-            f"rule {rule}: resources.gpu = {gpus} does not divide by resources.nodes = {nodes}: "
+            f"rule {rule}: resources.{said(rule, 'gpu', gpus)} does not divide by resources.{said(rule, 'nodes', nodes)}: "
             f"{gpus // nodes * nodes or nodes} or {(gpus // nodes + 1) * nodes} would"
         )
     memory = number("mem_mb", 1, None)

@@ -1,5 +1,7 @@
 """The doctor names what a cluster would refuse or never start, and what would be right."""
 
+from dataclasses import replace
+
 import pytest
 from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, probe_folder, profile_requests
 from snakemake_executor_plugin_submitit.resources import Request
@@ -47,7 +49,7 @@ def cluster():
             Request(partition="gpu", runtime_minutes=600),
             "runtime = 600 min is over the 480 min of partition gpu: set runtime to 480",
         ),
-        (Request(partition="gpu", gpus=8, runtime_minutes=5), "partition gpu has 4 a node: set nodes = 2"),
+        (Request(partition="gpu", gpus=8, runtime_minutes=5), "partition gpu has 4 a node: set train.base.gpus = 4 or"),
         (
             Request(partition="gpu", cpus=128, runtime_minutes=5),
             "threads = 128: partition gpu has 64 CPUs a node: set-threads: base=64",
@@ -108,6 +110,27 @@ def test_accounts_are_compared_as_slurm_does_whatever_their_case(cluster):
     cluster.partitions["gpu"]["AllowAccounts"] = "Lab,staff"
     requests = {"base": Request(partition="gpu", account="LAB", gpus=1, runtime_minutes=60)}
     assert [finding for finding in examine(cluster, requests) if finding.level == "fatal"] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "request_", "what", "change"),
+    [
+        ("base", Request(gpus=8), "gpu = 8 (train.base.gpus in config.yaml) on 1 node(s)", "or train.base.nodes = 2"),
+        (
+            "sft",
+            Request(gpus=10),
+            "train.sft.gpus in config.yaml",
+            "set train.sft.gpus = 4 or fewer, or train.sft.nodes = 5",
+        ),
+        ("evaluate_stage", Request(gpus=8), "evaluate.gpus in config.yaml", "set evaluate.gpus = 4 or fewer"),
+        ("other", Request(gpus=8), "rule other: gpu = 8 on 1 node(s)", "set gpu = 4 or fewer, or nodes = 2"),
+        ("mid", Request(gpus=12, nodes=3), "nodes = 3 (train.mid.nodes in config.yaml)", "partition gpu allows 2"),
+    ],
+)
+def test_gpus_and_nodes_are_told_by_the_setting_that_says_how_many(cluster, rule, request_, what, change):
+    (fatal,) = examine(cluster, {rule: replace(request_, partition="gpu", runtime_minutes=60)})
+    assert what in fatal.what
+    assert fatal.change.endswith(change)
 
 
 def test_each_of_several_partitions_is_looked_up(cluster):

@@ -75,3 +75,33 @@ def test_a_silent_job_that_a_driver_watched_ended_after_its_last_look(vanished):
     seen = cluster.observe([vanished])["base-x"]
     assert seen.state == "LOST"
     assert NOW <= seen.ended <= time.time()
+
+
+@pytest.mark.parametrize(
+    ("rule", "request_", "gpus", "words"),
+    [
+        (
+            "base",
+            resources.Request(gpus=1),
+            "",
+            "resources.gpu = 1 (train.base.gpus in config.yaml): this machine has 0 (none). Set train.base.gpus to 0, or",
+        ),
+        ("run_benchmark", resources.Request(gpus=3), "0,1", "has 2 (0, 1). Set benchmark.gpus to 2 or fewer, or"),
+        (
+            "other",
+            resources.Request(gpus=3),
+            "0,1",
+            "rule other: resources.gpu = 3: this machine has 2 (0, 1). Set gpu to",
+        ),
+        (
+            "mid",
+            resources.Request(gpus=2, nodes=2),
+            "0,1",
+            "resources.nodes = 2 (train.mid.nodes in config.yaml): this",
+        ),
+    ],
+)
+def test_what_this_machine_has_not_is_told_by_the_setting_that_asks_for_it(rule, request_, gpus, words):
+    with pytest.raises(ValueError, match="rule ") as error:
+        local.LocalCluster(gpus, 1, 1.0).check(rule, request_)
+    assert words in str(error.value)

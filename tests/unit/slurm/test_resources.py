@@ -88,17 +88,22 @@ def test_a_job_without_gpus_asks_for_none():
 @pytest.mark.parametrize(
     ("resources", "message"),
     [
-        ({"gpu": 3, "nodes": 2}, "resources.gpu = 3 does not divide by resources.nodes = 2: 2 or 4 would"),
+        (
+            {"gpu": 3, "nodes": 2},
+            "resources.gpu = 3 (train.base.gpus in config.yaml) does not divide by "
+            "resources.nodes = 2 (train.base.nodes in config.yaml): 2 or 4 would",
+        ),
         (
             {"gpu": 8, "nodes": 2, "gres": "gpu:a100:2"},
-            "resources.gpu = 8, but resources.gres = 'gpu:a100:2' on 2 node(s) asks for 4 GPUs: set gpu = 4, or a gres of 4 a node",
+            "resources.gpu = 8 (train.base.gpus in config.yaml), but resources.gres = 'gpu:a100:2' on 2 node(s) asks for 4 GPUs: "
+            "set train.base.gpus = 4, or a gres of 4 a node",
         ),
-        ({"gpu": 0, "gres": "gpu:2"}, "on 1 node(s) asks for 2 GPUs: set gpu = 2, or no gres"),
+        ({"gpu": 0, "gres": "gpu:2"}, "on 1 node(s) asks for 2 GPUs: set train.base.gpus = 2, or no gres"),
         (
             {"gpu": 1, "gpu_model": "a100", "gres": "gpu:1"},
             "resources.gres = 'gpu:1' and resources.gpu_model = 'a100' both name GPUs: keep one",
         ),
-        ({"gpu_model": "a100"}, "resources.gpu_model = 'a100' without resources.gpu"),
+        ({"gpu_model": "a100"}, "resources.gpu_model = 'a100' without resources.gpu: set train.base.gpus"),
         ({"runtime": 0}, "resources.runtime = 0: must be a whole number, at least 1"),
         ({"mem_mb": "lots"}, "resources.mem_mb = 'lots': must be a whole number"),
         ({"slurm_extra": "--time=5"}, "--time is not allowed: use resources.runtime"),
@@ -125,7 +130,14 @@ def test_a_limit_that_clips_a_rules_gpus_is_refused(declared):
     with pytest.raises(
         ValueError, match=r"resources.gpu = 8 was clipped to 2 by the profile's global `resources: gpu`"
     ):
-        read("base", {"gpu": 2}, 1, declared={"gpu": declared})
+        read("another", {"gpu": 2}, 1, declared={"gpu": declared})
+
+
+def test_a_rule_of_another_workflow_is_told_its_resource():
+    with pytest.raises(
+        ValueError, match=r"rule other: resources.gpu = 3 does not divide by resources.nodes = 2: 2 or 4"
+    ):
+        read("other", {"gpu": 3, "nodes": 2}, 1)
 
 
 def test_what_a_rule_computes_for_each_job_is_no_contradiction():
