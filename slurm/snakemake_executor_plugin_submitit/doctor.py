@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from . import resources
+from . import profiles, resources
 from .resources import Request, said, to_change
 
 FATAL, WARNING, OK = "fatal", "warning", "ok"
@@ -315,63 +314,6 @@ def minutes(text: str | None) -> int | None:
     return (int(days or 0) * 24 + hours) * 60 + minute + (1 if second else 0)
 
 
-def profile_requests(profile: Path) -> dict[str, Request]:
-    """What the rules that a profile names ask for. Raises ValueError with file and key when it cannot be read."""
-    import yaml
-    from snakemake.cli import get_argument_parser
-
-    files = (
-        [profile]
-        if profile.is_file()
-        else [*sorted(profile.glob("config*.yaml")), *sorted(profile.glob("config*.yml"))]
-    )
-    if not files:
-        raise ValueError(f"{profile}: no such profile: a folder with config.yaml")
-    try:
-        content = yaml.safe_load(files[0].read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{files[0]}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{files[0]}: must hold `key: value` lines")
-    flags = {flag.lstrip("-") for action in get_argument_parser()._actions for flag in action.option_strings}
-    if unknown := [key for key in content if key not in flags]:
-        similar = get_close_matches(str(unknown[0]), flags, n=1)
-        hint = f"Did you mean {similar[0]}?" if similar else "`snakemake --help` lists them."
-        raise ValueError(f"{files[0]}: {unknown[0]}: no such flag of Snakemake. {hint}")
-    default = _pairs(content.get("default-resources"))
-    rules = {rule: _pairs(values) for rule, values in (content.get("set-resources") or {}).items()}
-    threads = content.get("set-threads") or {}
-    requests = {}
-    try:
-        for rule, values in {"(default)": {}, **{rule: {} for rule in threads}, **rules}.items():
-            asked = {**default, **values}
-            if asked.get("gpu_model"):
-                asked.setdefault("gpu", 1)  # how many is the rule's to say; a run's start checks that number
-            requests[rule] = resources.read(rule, asked, int(threads.get(rule, 1)))
-        return requests
-    except ValueError as error:
-        raise ValueError(f"{files[0]}: {error}") from error
-
-
-def _pairs(values) -> dict:
-    """`{key: value}` or ["key=value"] of a profile; values as Snakemake would evaluate them, where that is simple."""
-    items = dict(item.split("=", 1) for item in values) if isinstance(values, list) else dict(values or {})
-    evaluated = {}
-    for key, value in items.items():
-        if isinstance(value, str):
-            value = os.path.expandvars(value.strip("'\""))
-            in_environment = re.fullmatch(
-                r"os\.environ(?:\.get\(|\[)['\"](\w+)['\"](?:,\s*['\"]?(.*?)['\"]?)?[)\]]", value
-            )
-            if in_environment:
-                value = os.environ.get(in_environment.group(1), in_environment.group(2) or "")
-            value = int(value) if value.isdigit() else value
-        evaluated[key] = value
-    return {
-        key: value for key, value in evaluated.items() if value not in ("", "None") and not str(value).startswith("$")
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nanochat doctor",
@@ -384,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        requests = profile_requests(arguments.profile)
+        requests = profiles.load(arguments.profile).requests
         cluster = Cluster.ask()
     except (ValueError, OSError) as error:
         print(f"nanochat doctor: {error}", file=sys.stderr)

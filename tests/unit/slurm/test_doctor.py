@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, probe_folder, profile_requests
+from snakemake_executor_plugin_submitit.doctor import Cluster, examine, minutes, probe_folder
+from snakemake_executor_plugin_submitit.profiles import load
 from snakemake_executor_plugin_submitit.resources import Request
 
 
@@ -208,10 +209,10 @@ def test_a_profile_is_read_as_snakemake_reads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_ACCOUNT", "lab")
     (tmp_path / "config.yaml").write_text(
         "default-resources:\n  - slurm_partition=general\n  - runtime=60\n"
-        "  - slurm_account=os.environ['MY_ACCOUNT']\n"
+        "  - slurm_account=$MY_ACCOUNT\n"
         "set-resources:\n  base: {slurm_partition: gpu, gpu: 8, nodes: 2, runtime: 480}\nset-threads: {base: 16}\n"
     )
-    request = profile_requests(tmp_path)["base"]
+    request = load(tmp_path).requests["base"]
     assert (request.partition, request.gpus_per_node, request.runtime_minutes, request.cpus) == ("gpu", 4, 480, 16)
     assert request.account == "lab"
 
@@ -243,24 +244,87 @@ def test_what_sbatch_takes_from_the_environment_is_looked_at_too(cluster, monkey
 def test_a_profile_that_snakemake_would_refuse_is_named(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match="config.yaml: .*" + words.split(".")[0]):
-        profile_requests(tmp_path)
+        load(tmp_path)
+
+
+LISTS = """
+default-resources: ["slurm_partition=general", "runtime=30"]
+set-resources: ["base:runtime=60", "base:slurm_extra='--exclude=node7'"]
+set-threads: ["base=4"]
+"""
+MAPPINGS = """
+default-resources: {slurm_partition: general, runtime: 30}
+set-resources: {base: {runtime: 60, slurm_extra: "'--exclude=node7'"}}
+set-threads: {base: 4}
+"""
+
+
+@pytest.mark.parametrize("text", [LISTS, MAPPINGS])
+def test_a_profile_may_hold_lists_or_mappings(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    requests = load(tmp_path).requests
+    expected = Request(cpus=4, runtime_minutes=60, partition="general", exclude=("node7",))
+    assert requests == {"(default)": Request(runtime_minutes=30, partition="general"), "base": expected}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "read"),
+    [
+        ("runtime", "8h", "runtime_minutes", 480),
+        ("runtime", "60 * attempt", "runtime_minutes", 60),
+        ("mem", "256000", "memory_mb", 256_000),
+        ("mem", "256GB", "memory_mb", 256_000),
+        ("mem_mib", "1000", "memory_mb", 1048),
+        ("mem_mb", "2 * input.size_mb", "memory_mb", None),  # known only with the job
+        ("slurm_account", "$MY_ACCOUNT", "account", "lab"),
+        ("slurm_account", "os.environ['MY_ACCOUNT']", "account", "os.environ['MY_ACCOUNT']"),  # no such name there
+    ],
+)
+def test_values_are_those_that_snakemake_makes_of_them(tmp_path, monkeypatch, key, value, name, read):
+    monkeypatch.setenv("MY_ACCOUNT", "lab")
+    (tmp_path / "config.yaml").write_text(
+        f"default-resources:\n  {key}: {value}\nset-resources:\n  base:\n    {key}: {value}\n"
+    )
+    requests = load(tmp_path).requests
+    assert getattr(requests["base"], name) == getattr(requests["(default)"], name) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "set-resources: {base: {runtime: soon}}",
+            "set-resources: base: runtime: .*'soon' could not be parsed as minutes",
+        ),
+        ("set-resources: {base: {mem_mb: 256GB}}", "set-resources: base: mem_mb: must be a number; .* mem: 256GB"),
+        ("set-resources: {base: {qos: $NO_SUCH}}", "qos = .NO_SUCH: the environment has no such variable"),
+        ("set-resources: {base: 8}", "Invalid set-resources format"),
+        ("set-resources: [base]", "set-resources: .base.: must be RULE:NAME=VALUE"),
+        ("set-threads: {base: many}", "set-threads: base = many: must be a whole number"),
+    ],
+)
+def test_what_snakemake_could_not_read_is_named_with_file_and_key(tmp_path, monkeypatch, text, words):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"config.yaml: .*{words}"):
+        load(tmp_path)
 
 
 def test_threads_of_a_rule_without_resources_of_its_own_count(tmp_path):
     (tmp_path / "config.yaml").write_text("set-threads: {tokens: 32}\n")
-    assert profile_requests(tmp_path)["tokens"].cpus == 32
+    assert load(tmp_path).requests["tokens"].cpus == 32
 
 
 def test_a_missing_profile_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such profile"):
-        profile_requests(tmp_path / "none")
+        load(tmp_path / "none")
 
 
 def test_a_profile_may_leave_the_number_of_gpus_to_the_rules(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "set-resources:\n  base: {slurm_partition: gpu, gpu_model: a100, runtime: 480}\n"
     )
-    request = profile_requests(tmp_path)["base"]
+    request = load(tmp_path).requests["base"]
     assert (request.gpus, request.gpu_model) == (1, "a100")
 
 

@@ -1,0 +1,127 @@
+"""A profile's requests, read as Snakemake reads them, before any workflow runs."""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from snakemake.cli import get_argument_parser, parse_set_resources, parse_set_threads
+from snakemake.common.tbdstring import TBDString
+from snakemake.exceptions import ResourceConversionError
+from snakemake.profiles import ProfileConfigFileParser
+from snakemake.resources import Resource, Resources
+from snakemake_interface_common.exceptions import WorkflowError
+
+from . import resources
+from .resources import Request
+
+
+@dataclass
+class Profile:
+    """What a profile says of jobs. `requests` are those of the rules it names, and "(default)"."""
+
+    file: Path
+    requests: dict[str, Request]
+
+
+def load(profile: Path) -> Profile:
+    """Raises ValueError with file and key when it cannot be read, or asks for what contradicts itself."""
+    file = _file(profile)
+    try:
+        content = _content(file)
+        default = _evaluated(
+            _parsed(content, "default-resources", partial(Resources.parse, allow_expressions=True)), "default-resources"
+        )
+        rules = {
+            rule: _evaluated(asked, f"set-resources: {rule}")
+            for rule, asked in _parsed(content, "set-resources", parse_set_resources).items()
+        }
+        threads = _evaluated(_parsed(content, "set-threads", parse_set_threads), "set-threads")
+        requests = {}
+        for rule in ["(default)", *dict.fromkeys([*threads, *rules])]:
+            asked = {**default, **rules.get(rule, {})}
+            if asked.get("gpu_model"):
+                asked.setdefault("gpu", 1)  # how many is the rule's to say; a run's start checks that number
+            count = threads.get(rule, 1)
+            if not isinstance(count, int):
+                raise ValueError(f"set-threads: {rule} = {count}: must be a whole number")
+            requests[rule] = resources.read(rule, asked, count)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Profile(file, requests)
+
+
+def _file(profile: Path) -> Path:
+    if profile.is_file():
+        return profile
+    files = [*sorted(profile.glob("config*.yaml")), *sorted(profile.glob("config*.yml"))]
+    if not files:
+        raise ValueError(f"{profile}: no such profile: a folder with config.yaml")
+    return files[0]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Flags -> values, where Snakemake's two ways to write pairs have become one: ["base:runtime=60"]."""
+    try:
+        written = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(written, dict):
+        raise ValueError("must hold `key: value` lines")
+    flags = {flag.lstrip("-") for action in get_argument_parser()._actions for flag in action.option_strings}
+    is_template = "__use_yte__" in written  # of yte: its keys may be instructions
+    if unknown := [key for key in written if key not in flags and not is_template]:
+        similar = get_close_matches(str(unknown[0]), flags, n=1)
+        hint = f"Did you mean {similar[0]}?" if similar else "`snakemake --help` lists them."
+        raise ValueError(f"{unknown[0]}: no such flag of Snakemake. {hint}")
+    try:
+        with file.open() as stream:
+            return ProfileConfigFileParser().parse(stream) if written else {}
+    except Exception as error:  # its own kind for what configargparse refuses, WorkflowError for the rest
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _pairs(content: dict[str, Any], key: str) -> list[str]:
+    pairs = content.get(key) or []
+    pairs = [str(pair) for pair in pairs] if isinstance(pairs, list) else [str(pairs)]
+    shape = "RULE:NAME=VALUE" if key == "set-resources" else "NAME=VALUE"
+    for pair in pairs:
+        name, equals, _ = pair.partition("=")
+        if not equals or (":" in shape and ":" not in name):
+            raise ValueError(f"{key}: {pair!r}: must be {shape}")
+    return pairs
+
+
+def _parsed(content: dict[str, Any], key: str, parse) -> dict[str, Any]:
+    pairs = _pairs(content, key)
+    try:
+        return dict(parse(pairs))
+    except (WorkflowError, ValueError) as error:
+        raise ValueError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def _evaluated(asked: dict[str, Resource], where: str) -> dict[str, Any]:
+    values = {key: _value(f"{where}: {key}", resource) for key, resource in asked.items()}
+    return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def _value(where: str, resource: Resource) -> Any:
+    """What Snakemake makes of a resource for a first attempt; None for what depends on the job's files or wildcards."""
+    text = str(resource.raw)
+    try:
+        found = resource.evaluate(wildcards={}, input=[], attempt=1, threads=1, rulename="", async_run=None)
+        value = found if found.is_evaluable() else found.value
+    except ResourceConversionError as error:
+        raise ValueError(f"{where}: must be a number; one with its unit goes into mem: 256GB") from error
+    except Exception as error:  # whatever the expression raises
+        if resource.raw is None or re.search(r"\b(input|wildcards)\b|\(", text):
+            return None
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    if isinstance(value, Resource | TBDString):
+        return None
+    if isinstance(value, str) and re.match(r"\$\w|\$\{", value):
+        raise ValueError(f"{where} = {value}: the environment has no such variable")
+    return value
