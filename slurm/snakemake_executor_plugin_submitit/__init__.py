@@ -8,6 +8,7 @@ and `from __future__ import annotations` and `X | None` stay out of `ExecutorSet
 import asyncio
 import difflib
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
+
+FULL_SECONDS = 60
 
 
 @dataclass
@@ -115,16 +118,30 @@ class Executor(RemoteExecutor):
 
         answer_in_a_thread()  # not earlier: the scheduler sets its handler after it made us
         try:
-            submission = self.driver.submit(job, lambda: self.format_job_exec(job))
-        except ValueError as error:
+            submission = self._submit_patiently(job)
+        except (ValueError, OSError) as error:  # any other would make Snakemake cancel every job that runs
             self.logger.error(str(error))
-            job.attempt = max(job.attempt, job.restart_times + 1)  # asking again would be refused again
+            if not isinstance(error, OSError):
+                job.attempt = max(job.attempt, job.restart_times + 1)  # asking again would be refused again
             self.report_job_submission(info := SubmittedJobInfo(job), register_job=False)
             with self.lock:
                 self.active_jobs.remove(info)
             self.report_job_error(info, msg=str(error))
             return
         self.report_job_submission(SubmittedJobInfo(job, submission.job_id, {"submission": submission}))
+
+    def _submit_patiently(self, job):
+        """A cluster that takes no job now is asked until it does: no other could be submitted meanwhile either."""
+        from .failures import NotReached
+
+        while True:
+            try:
+                return self.driver.submit(job, lambda: self.format_job_exec(job))
+            except NotReached as error:
+                if not self.ready:
+                    raise
+                self.logger.warning(f"{error}; asking again in {FULL_SECONDS} s")
+                time.sleep(FULL_SECONDS)
 
     async def check_active_jobs(self, active_jobs):
         if not self.ready:
@@ -182,7 +199,7 @@ class Executor(RemoteExecutor):
             self.driver.close()
 
     def get_python_executable(self):
-        return f"{sys.executable} -m {__name__}.sigterm"  # Snakemake appends `-m snakemake ...`
+        return f"{shlex.quote(sys.executable)} -m {__name__}.sigterm"  # Snakemake appends `-m snakemake ...`
 
     def additional_general_args(self):
         return "--quiet host"

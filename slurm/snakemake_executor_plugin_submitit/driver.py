@@ -153,7 +153,10 @@ class Driver:
         submission.record["eligible"] = submission.record["submitted"]
         vars(before).update(vars(submission))
         self.running[before.job_id] = before
-        ledger.append(self.ledger, before.record)
+        try:
+            ledger.append(self.ledger, before.record)
+        except OSError as error:  # the job is in the queue all the same; its next line tells all of it
+            self._say(f"{before.rule}: job {before.job_id} is submitted, but not written down: {error}")
 
     def look(self, submissions: list[Submission]) -> dict[str, Outcome]:
         """One look at all jobs; the outcome of those that ended, by the job id they had when this was called.

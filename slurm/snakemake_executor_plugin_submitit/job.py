@@ -188,7 +188,7 @@ class Allocation:
                 )  # on SLURM the end is SLURM's
                 if stop_by is None and ending:
                     stop_by = time.time() + self.grace_seconds
-            superseded = superseded or _read(self.token_file) not in ("", status.token)
+            superseded = superseded or self._newest_token() not in ("", status.token)
             if superseded or (stop_by and time.time() > stop_by):
                 _kill_all()
         # Known from here on: SLURM may kill us while we wait for the rest.
@@ -232,6 +232,13 @@ class Allocation:
             start_new_session=True,
             preexec_fn=_child_signals,
         )
+
+    def _newest_token(self) -> str:
+        """Nothing where the file system does not answer for a moment: no reason to end a training."""
+        try:
+            return _read(self.token_file)
+        except OSError:
+            return ""
 
     def _verdict(
         self, returncode: int, exit_codes: Path, status: Status, previous: dict, superseded: bool

@@ -14,7 +14,7 @@ from . import resources, work
 from .failures import NotReached
 from .job import Allocation
 from .resources import Request
-from .status import Observation, SlurmStatus, by_status_file
+from .status import Observation, SlurmStatus, by_status_file, squeue_environment
 from .work import Submission
 
 # What sbatch says when asking again may help; everything else is an answer.
@@ -24,6 +24,8 @@ TRANSIENT = re.compile(
     r"|slurm_persist_conn|send/recv|rate limit|try again",
     re.IGNORECASE,
 )
+# As many jobs as the account or the QOS may have: there is room again when one has ended.
+FULL = re.compile(r"(Assoc|QOS)\w*MaxSubmitJob\w*")
 RETRY_SECONDS = (2, 4, 8, 16, 30, 60, 60, 60)
 CANCEL_RETRY_SECONDS = (2, 4, 8)  # less patient: who cancels waits for it
 SCANCEL_BATCH = 500
@@ -79,6 +81,8 @@ class SlurmCluster:
                 break
             except (FailedJobError, FailedSubmissionError) as error:
                 words = _words(str(error))
+                if FULL.search(words):
+                    raise NotReached(f"rule {submission.rule}: sbatch: {words}") from error
                 if not TRANSIENT.search(words):
                     raise ValueError(f"rule {submission.rule}: sbatch refused the job: {words}") from error
                 if delay is None:
@@ -103,8 +107,11 @@ class SlurmCluster:
 
     def _find(self, folder: Path) -> str | None:
         """The id of a job that was accepted although sbatch reported a failure."""
-        command = ["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "-o", "%i|%k"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = ["squeue", "--noheader", "--all", f"--user={os.getuid()}", "--states=all", "-o", "%i|%k"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=squeue_environment())
+        except subprocess.TimeoutExpired:
+            return None
         for line in done.stdout.splitlines():
             job_id, _, comment = line.partition("|")
             if comment.strip() == folder.name:
@@ -112,7 +119,11 @@ class SlurmCluster:
         return None
 
     def observe(self, submissions: list[Submission]) -> dict[str, Observation]:
-        return self.status.observe(submissions)
+        seen = self.status.observe(submissions)
+        lost = [one for one in submissions if one.job_id in seen and seen[one.job_id].state == "LOST"]
+        if lost:
+            self.cancel(lost)  # should one run where it is not seen, it must not run beside its successor
+        return seen
 
     def ended(self, submissions: list[Submission]) -> dict[str, Observation]:
         """The jobs whose own status files say that they ended, without asking SLURM."""

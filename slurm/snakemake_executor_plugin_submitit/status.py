@@ -65,6 +65,8 @@ NEVER_STARTS = {
     r"QOSMaxWallDurationPerJobLimit": "resources.runtime is over the QOS's limit",
     r"(QOS|Assoc)(Grp|Max)?\w*PerJob\w*": "the job alone is over a limit of its QOS or account: ask for less",
 }
+# Of these, what SLURM says of one partition: with several to choose from, the job waits for another of them.
+OF_ONE_PARTITION = re.compile(r"\(?(Partition\w*|AccountNotAllowed|QOSNotAllowed|BadConstraints)\b")
 
 
 @dataclass
@@ -120,6 +122,8 @@ class SlurmStatus:
         if row:
             self._since.pop((job_id, submission.restart, "missing"), None)
             now = _from_queue(row)
+            if now.never_starts and OF_ONE_PARTITION.match(now.reason) and _has_several_partitions(submission):
+                now.never_starts = None
             # A requeued job has a row in sacct for each run; while slurmdbd lags behind, squeue's count is right.
             now.earlier = [run for run in past[: now.restart] if run.state in SETTLES_AFTER or run.ended]
             if len(past) > now.restart and past[now.restart].started and now.state != "PENDING":
@@ -154,7 +158,7 @@ class SlurmStatus:
     def squeue(self) -> dict[str, dict] | None:
         """The user's jobs in the queue, by job id; None when squeue fails."""
         form = ",".join(f"{name}:{255 if name == 'NodeList' else 60}|" for name in SQUEUE_FIELDS)
-        text = self._ask("squeue", ["--noheader", "--states=all", f"--user={os.getuid()}", "-O", form])
+        text = self._ask("squeue", ["--noheader", "--all", "--states=all", f"--user={os.getuid()}", "-O", form])
         if text is None:
             return None
         rows = {}
@@ -187,7 +191,7 @@ class SlurmStatus:
                 text=True,
                 errors="replace",
                 timeout=60,
-                env={**os.environ, "SLURM_TIME_FORMAT": "%s"},
+                env={**squeue_environment(), "SLURM_TIME_FORMAT": "%s"},
             )
             problem = None if done.returncode == 0 else (done.stderr or done.stdout).strip().splitlines()[-1:]
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -202,6 +206,15 @@ class SlurmStatus:
         if failures == 1:
             self.warn(f"{command} failed, asking again with growing pauses: {' '.join(problem) or 'no message'}")
         return None
+
+
+def squeue_environment() -> dict[str, str]:
+    """Without the variables by which squeue leaves jobs out: SQUEUE_PARTITION and the like."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+
+def _has_several_partitions(submission: Submission) -> bool:
+    return "," in (submission.request.partition or os.environ.get("SBATCH_PARTITION", ""))
 
 
 def by_status_file(submission: Submission) -> Observation | None:

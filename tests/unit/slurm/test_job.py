@@ -221,3 +221,8 @@ def test_the_newest_step_of_a_log(tmp_path):
     (tmp_path / "log").write_text("base  step 1/9\nbase  step 12/20  loss 3\nsaved\n")
     assert newest_step(str(tmp_path / "log")) == 12
     assert newest_step(str(tmp_path / "none")) is None
+
+
+def test_a_token_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path):
+    (tmp_path / "token").mkdir()  # read, it is an OSError that is not "no such file"
+    assert Allocation("true", str(tmp_path), str(tmp_path), str(tmp_path / "token"))._newest_token() == ""

@@ -3,9 +3,12 @@
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from snakemake_executor_plugin_submitit import ledger, slurm
+import snakemake_executor_plugin_submitit as plugin
+from snakemake_executor_plugin_submitit import ledger, slurm, status
+from snakemake_executor_plugin_submitit.failures import NotReached
 from snakemake_executor_plugin_submitit.job import Allocation
 from snakemake_executor_plugin_submitit.resources import read
 from snakemake_executor_plugin_submitit.work import Submission
@@ -78,6 +81,73 @@ def test_jobs_for_another_cluster_are_refused_before_any_is_queued(monkeypatch):
     cluster = slurm.SlurmCluster(logging.getLogger("test"))
     with pytest.raises(ValueError, match=r"SBATCH_CLUSTERS = 'other': .* login node .* unset"):
         cluster.check("base", read("base", {}, 1))
+
+
+ROW = "17|PENDING|{reason}|N/A||0|N/A|N/A|"
+
+
+@pytest.mark.parametrize(
+    ("partition", "reason", "waits"),
+    [
+        ("gpu,general", "PartitionTimeLimit", True),
+        ("gpu,general", "InvalidAccount", False),
+        ("gpu", "PartitionTimeLimit", False),
+    ],
+)
+def test_what_keeps_a_job_out_of_one_of_its_partitions_is_no_reason_to_give_up(
+    tmp_path, commands, partition, reason, waits
+):
+    command(commands, "squeue", f"echo '{ROW.format(reason=reason)}'")
+    command(commands, "sacct", "exit 1")
+    one = submission(tmp_path, "17", slurm_partition=partition)
+    seen = slurm.SlurmCluster(logging.getLogger("test")).observe([one])["17"]
+    assert (seen.state, seen.reason) == ("PENDING", reason)
+    assert (seen.never_starts is None) == waits
+
+
+def test_jobs_of_hidden_partitions_are_seen_whatever_the_users_squeue_leaves_out(tmp_path, commands, monkeypatch):
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
+    command(commands, "squeue", f'echo "$@ [$SQUEUE_PARTITION]" >> {tmp_path}/asked')
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    cluster.status.squeue()
+    cluster._find(tmp_path)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2
+    assert all(" --all " in line and line.endswith("[]") for line in asked)
+
+
+def test_a_job_that_is_called_lost_is_cancelled_should_it_run_unseen(tmp_path, commands, monkeypatch):
+    command(commands, "squeue", "exit 0")
+    command(commands, "sacct", "exit 1")
+    command(commands, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    monkeypatch.setitem(status.SETTLES_AFTER, "missing", 0)
+    one = submission(tmp_path, "17")
+    one.first_submitted = 1.0
+    assert slurm.SlurmCluster(logging.getLogger("test")).observe([one])["17"].state == "LOST"
+    assert (tmp_path / "cancelled").read_text() == "17\n"
+
+
+def test_a_full_account_is_no_refusal(tmp_path, commands):
+    words = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+    command(commands, "sbatch", f"echo '{words}' >&2; exit 1")
+    with pytest.raises(NotReached, match="AssocMaxSubmitJobLimit"):
+        submit(slurm.SlurmCluster(logging.getLogger("test")), tmp_path)
+
+
+def test_a_cluster_that_takes_no_job_now_is_asked_until_it_does(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "FULL_SECONDS", 0)
+    answers = [NotReached("full"), NotReached("full"), "submitted"]
+
+    def answer(job, command):
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    executor = object.__new__(plugin.Executor)
+    executor.ready, executor.logger, executor.driver = True, logging.getLogger("test"), SimpleNamespace(submit=answer)
+    assert executor._submit_patiently(None) == "submitted"
+    assert caplog.messages == ["full; asking again in 0 s"] * 2
 
 
 UNREACHABLE = "Unable to contact slurm controller (connect failure)"
