@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from snakemake.cli import get_argument_parser, parse_set_resources, parse_set_threads
 from snakemake.common.tbdstring import TBDString
-from snakemake.exceptions import ResourceConversionError
+from snakemake.exceptions import ResourceConversionError, ResourceValidationError
 from snakemake.profiles import ProfileConfigFileParser
 from snakemake.resources import Resource, Resources
 from snakemake_interface_common.exceptions import WorkflowError
@@ -114,6 +114,12 @@ def _value(where: str, resource: Resource) -> Any:
     try:
         found = resource.evaluate(wildcards={}, input=[], attempt=1, threads=1, rulename="", async_run=None)
         value = found if found.is_evaluable() else found.value
+        if found.is_evaluable() and text.isidentifier():
+            raise ResourceValidationError
+    except ResourceValidationError as error:
+        raise ValueError(
+            f"{where} = {text}: Snakemake takes it for Python, where it is no text: write \"'{text}'\", with both quotes"
+        ) from error
     except ResourceConversionError as error:
         raise ValueError(f"{where}: must be a number; one with its unit goes into mem: 256GB") from error
     except Exception as error:  # whatever the expression raises

@@ -310,6 +310,19 @@ def test_what_snakemake_could_not_read_is_named_with_file_and_key(tmp_path, monk
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["all", "max", "int", "input"])
+def test_a_partition_named_like_something_of_python_needs_two_pairs_of_quotes(tmp_path, name):
+    """Snakemake evaluates a resource: the run would die in a traceback about a function."""
+    for text in (f"default-resources: {{slurm_partition: {name}}}", f'default-resources: ["slurm_partition={name}"]'):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(
+            ValueError, match=rf"config.yaml: default-resources: slurm_partition = {name}: .*\"'{name}'\""
+        ):
+            load(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"default-resources: {{slurm_partition: \"'{name}'\"}}")
+    assert load(tmp_path).requests["(default)"].partition == name
+
+
 def test_threads_of_a_rule_without_resources_of_its_own_count(tmp_path):
     (tmp_path / "config.yaml").write_text("set-threads: {tokens: 32}\n")
     assert load(tmp_path).requests["tokens"].cpus == 32
