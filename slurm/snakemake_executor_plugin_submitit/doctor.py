@@ -326,12 +326,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        requests = profiles.load(arguments.profile).requests
+        profile = profiles.load(arguments.profile)
         cluster = Cluster.ask()
     except (ValueError, OSError) as error:
         print(f"nanochat doctor: {error}", file=sys.stderr)
         return 2
+    requests = profile.requests
     findings = examine(cluster, requests, arguments.folder)
+    findings += [Finding(WARNING, what, hint) for what, hint in profile.without_effect]
     if not arguments.no_job and not any(finding.level == FATAL for finding in findings):
         first = min(requests.values(), key=lambda request: request.gpus)
         findings.append(probe_folder(arguments.folder.absolute(), first))

@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from snakemake.api import SNAKEFILE_CHOICES
 from snakemake.cli import get_argument_parser, parse_set_resources, parse_set_threads
 from snakemake.common.tbdstring import TBDString
 from snakemake.exceptions import ResourceConversionError, ResourceValidationError
 from snakemake.profiles import ProfileConfigFileParser
-from snakemake.resources import Resource, Resources
+from snakemake.resources import Resource, Resources, SizedResources, TimeResources
 from snakemake_interface_common.exceptions import WorkflowError
 
 from . import resources
 from .resources import Request
 
+RUNS = "shell|run|script|notebook|wrapper|cwl|template_engine"  # what a rule with a job of its own has one of
+
 
 @dataclass
 class Profile:
-    """What a profile says of jobs. `requests` are those of the rules it names, and "(default)"."""
+    """What a profile says of jobs. `requests` are those of the rules it names, and "(default)"; `without_effect` is what Snakemake
+    and the plugin pass over without a word, with a hint at what may be meant."""
 
     file: Path
     requests: dict[str, Request]
+    without_effect: list[tuple[str, str]]
 
 
 def load(profile: Path) -> Profile:
@@ -51,7 +56,67 @@ def load(profile: Path) -> Profile:
             requests[rule] = resources.read(rule, asked, count)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return Profile(file, requests)
+    passed_over = [*_unknown_rules(content), *_unknown_resources(content)]
+    return Profile(file, requests, [(f"{file}: {what}", hint) for what, hint in passed_over])
+
+
+def _unknown_rules(content: dict[str, Any]) -> list[tuple[str, str]]:
+    rules = workflow_rules(Path(content["snakefile"])) if "snakefile" in content else workflow_rules()
+    if rules is None:
+        return []
+    running = [rule for rule, runs in rules.items() if runs]
+    found = []
+    for key in ("set-resources", "set-threads"):
+        for rule in dict.fromkeys(re.split("[:=]", pair)[0] for pair in _pairs(content, key)):
+            if rule not in running:
+                what = "runs no job itself" if rule in rules else "no such rule"
+                found.append((f"{key}: {rule}: {what}; this has no effect", _hint(rule, running)))
+    return found
+
+
+def _unknown_resources(content: dict[str, Any]) -> list[tuple[str, str]]:
+    known = resources.KEYS | TimeResources | {"tmpdir"}
+    known |= {name + unit for name in SizedResources for unit in ("", "_mb", "_mib")}
+    # One that the workflow's own rules share out, downloads for example.
+    known |= {pair.partition("=")[0] for key in ("resources", "set-resource-scopes") for pair in _pairs(content, key)}
+    found = []
+    for key in ("default-resources", "set-resources"):
+        for where, _, _ in dict.fromkeys(pair.partition("=") for pair in _pairs(content, key)):
+            name = where.rpartition(":")[2]
+            if name not in known:
+                hint = f"did you mean {resources.OTHER_WORDS[name]}?" if name in resources.OTHER_WORDS else None
+                what = f"{key}: {where.replace(':', ': ')}: no such resource; this has no effect"
+                found.append((what, hint or _hint(name, sorted(known))))
+    return found
+
+
+def _hint(name: str, names: list[str]) -> str:
+    similar = get_close_matches(name, names, n=1)
+    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(names)}"
+
+
+def workflow_rules(snakefile: Path | None = None) -> dict[str, bool] | None:
+    """The rules of a workflow, here by default, and whether they run anything; None where its text does not tell.
+
+    Snakemake itself would have to run the workflow's own code for the answer, and this project's then writes its settings.
+    """
+    file = snakefile or next((choice for choice in SNAKEFILE_CHOICES if choice.exists()), None)
+    if file is None or not file.is_file():
+        return None
+    text = file.read_text()
+    if re.search(r"^\s*(module\s|use\s+rule\s)", text, re.MULTILINE):
+        return None
+    rules = {}
+    blocks = re.split(r"^\s*(?:rule|checkpoint)\s+(\w+)\s*:", text, flags=re.MULTILINE)
+    for name, block in zip(blocks[1::2], blocks[2::2], strict=True):
+        rules[name] = bool(re.search(rf"^\s+({RUNS})\s*:", block, re.MULTILINE))
+    for included in re.findall(r"^\s*include:\s*(.*)", text, re.MULTILINE):
+        literal = re.fullmatch(r"([\"'])(.+)\1\s*(#.*)?", included.strip())
+        inner = workflow_rules(file.parent / literal[2]) if literal else None
+        if inner is None:
+            return None
+        rules |= inner
+    return rules
 
 
 def _file(profile: Path) -> Path:

@@ -145,6 +145,35 @@ SHORT_WITHOUT_VALUE = {
 }
 
 
+# The words above, and what else users call them.
+KEYS = {
+    "runtime",
+    "mem_mb",
+    "gpu",
+    "gpu_model",
+    "nodes",
+    "slurm_partition",
+    "slurm_account",
+    "qos",
+    "constraint",
+    "gres",
+    "slurm_extra",
+}
+OTHER_WORDS = {
+    "walltime": "runtime",
+    "time": "runtime",
+    "memory": "mem",
+    "mem_gb": "mem",
+    "partition": "slurm_partition",
+    "queue": "slurm_partition",
+    "account": "slurm_account",
+    "gpus": "gpu",
+    "gpu_type": "gpu_model",
+    "threads": "set-threads",
+    "cpus": "set-threads",
+    "cpus_per_task": "set-threads",
+}
+
 # Where the users of this project's workflow say how many: a setting of config.yaml, from which the rule takes its resource.
 SETTINGS = {
     **{(stage, "gpu"): f"train.{stage}.gpus" for stage in ("base", "mid", "sft")},
