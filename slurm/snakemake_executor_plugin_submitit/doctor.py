@@ -18,6 +18,7 @@ from . import profiles, resources
 from .resources import Request, said, to_change
 
 FATAL, WARNING, OK = "fatal", "warning", "ok"
+LEAST_TRAINING_MINUTES = 10  # start-up, compiling and the save before the walltime leave nothing of less
 NETWORKLESS = {"tmpfs", "ramfs", "overlay"}
 
 
@@ -93,6 +94,9 @@ def examine(cluster: Cluster, requests: dict[str, Request], folder: Path | None 
     findings: list[Finding] = []
     for rule, request in requests.items():
         findings += _request(cluster, rule, request)
+        if resources.trains(rule) and (request.runtime_minutes or LEAST_TRAINING_MINUTES) < LEAST_TRAINING_MINUTES:
+            what = f"rule {rule}: runtime = {request.runtime_minutes} min leaves no time to train"
+            findings.append(Finding(WARNING, what, 'it counts minutes; "8h" is eight hours'))
     if any(request.gpus for request in requests.values()) and "gres/gpu" not in cluster.config.get(
         "AccountingStorageTRES", ""
     ):

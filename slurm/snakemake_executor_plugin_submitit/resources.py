@@ -189,9 +189,14 @@ def to_change(rule: str, key: str) -> str:
     return SETTINGS.get((rule, key), key)
 
 
+def trains(rule: str) -> bool:
+    """Whether it is a rule of this project's workflow that trains: those alone have a setting for nodes."""
+    return (rule, "nodes") in SETTINGS
+
+
 def spreads(rule: str) -> bool:
     """Whether more nodes would help: of the workflow's rules with GPUs only those that train."""
-    return (rule, "nodes") in SETTINGS or (rule, "gpu") not in SETTINGS
+    return trains(rule) or (rule, "gpu") not in SETTINGS
 
 
 def said(rule: str, key: str, value: int) -> str:

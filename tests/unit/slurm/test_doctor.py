@@ -183,6 +183,15 @@ def test_a_missing_runtime_is_told_where_the_site_has_no_default(cluster, partit
     assert not words or words in said[0]
 
 
+@pytest.mark.parametrize(
+    ("rule", "minutes_", "told"), [("sft", 8, True), ("sft", 10, False), ("base", None, False), ("report", 8, False)]
+)
+def test_a_walltime_that_leaves_no_time_to_train_is_told(cluster, rule, minutes_, told):
+    """`runtime: 8` was meant as hours."""
+    findings = examine(cluster, {rule: Request(partition="gpu", gpus=1, runtime_minutes=minutes_)})
+    assert [one.level for one in findings if "no time to train" in one.what] == ["warning"] * told
+
+
 def test_a_cpu_stage_on_a_gpu_partition_is_pointed_out(cluster):
     (finding,) = examine(cluster, {"report": Request(partition="gpu", runtime_minutes=5)})
     assert (finding.level, finding.change) == ("warning", "use a CPU partition")
