@@ -54,9 +54,9 @@ def load(profile: Path) -> Profile:
             if not isinstance(count, int):
                 raise ValueError(f"set-threads: {rule} = {count}: must be a whole number")
             requests[rule] = resources.read(rule, asked, count)
+        passed_over = [*_unknown_rules(content), *_unknown_resources(content)]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    passed_over = [*_unknown_rules(content), *_unknown_resources(content)]
     return Profile(file, requests, [(f"{file}: {what}", hint) for what, hint in passed_over])
 
 

@@ -85,6 +85,7 @@ def test_values_are_those_that_snakemake_makes_of_them(tmp_path, monkeypatch, ke
         ),
         ("set-resources: {base: {mem_mb: 256GB}}", "set-resources: base: mem_mb: must be a number; .* mem: 256GB"),
         ("set-resources: {base: {qos: $NO_SUCH}}", "qos = .NO_SUCH: the environment has no such variable"),
+        ("resources: [downloads]", "resources: .downloads.: must be NAME=VALUE"),
         ("set-resources: {base: 8}", "Invalid set-resources format"),
         ("set-resources: [base]", "set-resources: .base.: must be RULE:NAME=VALUE"),
         ("set-threads: {base: many}", "set-threads: base = many: must be a whole number"),
