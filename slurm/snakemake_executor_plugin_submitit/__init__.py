@@ -120,13 +120,16 @@ class Executor(RemoteExecutor):
         try:
             submission = self._submit_patiently(job)
         except (ValueError, OSError) as error:  # any other would make Snakemake cancel every job that runs
-            self.logger.error(str(error))
-            if not isinstance(error, OSError):
+            words = str(error)
+            if isinstance(error, OSError):  # a full disk: Python does not name an open file, and a retry may help
+                words = f"{error.filename or self.driver.folder}: not submitted: {error.strerror or error}"
+            else:
                 job.attempt = max(job.attempt, job.restart_times + 1)  # asking again would be refused again
+            self.logger.error(words)
             self.report_job_submission(info := SubmittedJobInfo(job), register_job=False)
             with self.lock:
                 self.active_jobs.remove(info)
-            self.report_job_error(info, msg=str(error))
+            self.report_job_error(info, msg=words)
             return
         self.report_job_submission(SubmittedJobInfo(job, submission.job_id, {"submission": submission}))
 

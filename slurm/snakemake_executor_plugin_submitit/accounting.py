@@ -1,4 +1,4 @@
-"""Writes the ends of attempts into the ledger, and corrects their times once SLURM's own accounting has them."""
+"""Writes the driver's lines into the ledger, and corrects the times of ends once SLURM's own accounting has them."""
 
 import time
 from collections.abc import Callable
@@ -12,19 +12,46 @@ CLOSE_SECONDS = 10.0  # how long the end of a run waits for the accounting
 
 
 class Accounting:
-    """`ask(job_ids, since)` returns what accounting says of these job ids, one observation per run; None where there is none."""
+    """`ask(job_ids, since)` returns what accounting says of these job ids, one observation per run; None where there is none.
 
-    def __init__(self, path: Path, ask: Callable[[list[str], float], dict[str, list[Observation]]] | None):
+    `warn` gets one line when the ledger cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        ask: Callable[[list[str], float], dict[str, list[Observation]]] | None,
+        warn: Callable[[str], None],
+    ):
         self.path = path
         self.ask = ask
+        self.warn = warn
+        self._unwritten: list[dict] = []  # lines that a full disk did not take, oldest first
         self._looked = time.monotonic()
         self._unsettled: list[tuple[float, dict]] = []  # (when the job id was first submitted, its record)
         if ask:
             self._take_over()
 
+    def write(self, record: dict) -> None:
+        """Append a line. What is not written now is kept: a disk that is full must cost no job that runs."""
+        failed_before = bool(self._unwritten)
+        self._unwritten.append(dict(record))
+        self.write_again()
+        if self._unwritten and not failed_before:
+            self.warn(f"{self._problem}; the jobs go on, and their lines are written as soon as that works")
+
+    def write_again(self) -> None:
+        """Append the lines that are still to be written, in their order: of an attempt the newest wins."""
+        try:
+            while self._unwritten:
+                ledger.append(self.path, self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            self._problem = f"{self.path}: not written: {error.strerror or error}"
+
     def ended(self, record: dict, first_submitted: float, settled: bool) -> None:
         """Append the final line of an attempt. `settled`: its times are the accounting's own already."""
-        ledger.append(self.path, record)
+        self.write(record)
         if self.ask and not settled:
             self._unsettled.append((first_submitted, dict(record)))
 
@@ -44,11 +71,14 @@ class Accounting:
             better = {"started": run.started, "ended": run.ended, "eligible": run.eligible}
             better |= {"node_names": run.nodes or record["node_names"], "gpu_type": record["gpu_type"] or run.gpu_type}
             if any(record[key] != value for key, value in better.items()):
-                ledger.append(self.path, {**record, **better})
+                self.write({**record, **better})
         self._unsettled = left
 
     def close(self) -> None:
         """Give the accounting a moment to say when the last jobs ended; the next run asks for what is still missing."""
+        self.write_again()
+        if self._unwritten:
+            self.warn(f"{self._problem}. {len(self._unwritten)} lines are lost: jobs may run that it does not name")
         end = time.monotonic() + CLOSE_SECONDS
         self.correct(at_once=True)
         while self._unsettled and time.monotonic() < end:

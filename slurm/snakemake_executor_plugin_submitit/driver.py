@@ -47,7 +47,8 @@ class Driver:
         self.progress.install(logger)
         self.running: dict[str, Submission] = {}
         self.found: list[tuple[Submission, Observation]] = []  # left behind by a driver that died
-        self.accounting = Accounting(self.ledger, self.cluster.account if self.cluster.name == "slurm" else None)
+        account = self.cluster.account if self.cluster.name == "slurm" else None
+        self.accounting = Accounting(self.ledger, account, logger.warning)
         self._asked = self._glanced = float("-inf")
         self._lock = threading.RLock()
         self._recover()
@@ -153,10 +154,7 @@ class Driver:
         submission.record["eligible"] = submission.record["submitted"]
         vars(before).update(vars(submission))
         self.running[before.job_id] = before
-        try:
-            ledger.append(self.ledger, before.record)
-        except OSError as error:  # the job is in the queue all the same; its next line tells all of it
-            self._say(f"{before.rule}: job {before.job_id} is submitted, but not written down: {error}")
+        self.accounting.write(before.record)
 
     def look(self, submissions: list[Submission]) -> dict[str, Outcome]:
         """One look at all jobs; the outcome of those that ended, by the job id they had when this was called.
@@ -164,6 +162,7 @@ class Driver:
         Most looks only read the status files of the jobs; the cluster itself is asked every `poll_seconds`.
         """
         with self._lock:
+            self.accounting.write_again()
             if time.monotonic() - self._asked >= self.poll_seconds:
                 self._asked = time.monotonic()
                 left_behind = self._unclaimed()
@@ -238,7 +237,7 @@ class Driver:
                 "exit_code": None,
                 "node_names": None,
             }
-            ledger.append(self.ledger, record)
+            self.accounting.write(record)
 
     def _refuse_to_wait(self, submission: Submission, seen: Observation) -> Outcome | None:
         """Cancel a job that would wait for ever; one that a node would not start goes to another node.
@@ -274,7 +273,7 @@ class Driver:
         name = work.name_of(submission.rule, submission.record["wildcards"])
         try:
             self._submit(submission, name, submission.command, reason)
-        except NotReached as error:
+        except (NotReached, OSError) as error:  # an OSError: no room for the job's files for the moment
             submission.request, submission.again = before, decision
             self._say(f"{name}: {decision.why}: not submitted again yet: {error}")
             return None
@@ -302,7 +301,7 @@ class Driver:
             )
         if seen.state == "RUNNING" and started and record["state"] != "RUNNING":
             record |= {"event": "started", "state": "RUNNING", "started": started, "reason": None}
-            ledger.append(self.ledger, record)
+            self.accounting.write(record)
 
     def _finish(self, submission: Submission, seen: Observation, status: dict) -> None:
         submission.record |= {

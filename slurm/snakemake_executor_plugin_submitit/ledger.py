@@ -22,6 +22,7 @@ each event (`submitted`, `started`, `ended`) appends one line that holds the who
 GPU-hours are the sum over all records of gpus x (ended - started) / 3600; a record that never started costs nothing.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -75,7 +76,10 @@ def new_record(**known) -> dict:
 
 
 def append(path: str | os.PathLike, record: dict) -> None:
-    """Append one record as one line, in one write, on disk when this returns. One process writes a ledger: the driver."""
+    """Append one record as one line, in one write, on disk when this returns. One process writes a ledger: the driver.
+
+    Raises OSError that names the ledger when the line is not there as a whole: a disk or a quota is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, separators=(",", ":")) + "\n"
@@ -84,8 +88,11 @@ def append(path: str | os.PathLike, record: dict) -> None:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = "\n" + line  # the writer before us died half-way: its broken line must not swallow ours
-        os.write(fd, line.encode())
+        if os.write(fd, line.encode()) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
+    except OSError as error:  # of a file that is open, Python does not say which
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 

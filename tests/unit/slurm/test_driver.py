@@ -17,7 +17,7 @@ class Cluster:
 
     name = "slurm"
 
-    def __init__(self, state: str, answers: list[ValueError | None]):
+    def __init__(self, state: str, answers: list[Exception | None]):
         self.state, self.answers, self.accepted, self.asked = state, answers, 0, []
         self.cannot_cancel: list[str] = []
 
@@ -120,3 +120,24 @@ def test_a_job_that_could_not_be_cancelled_stays_open(job, cannot, state):
     (record,) = ledger.read_attempts(made.ledger)
     assert record["state"] == state
     assert ledger.has_open_jobs(made.folder) == bool(cannot)
+
+
+def test_a_ledger_that_cannot_be_written_for_a_moment_loses_no_job(job, caplog):
+    """A job that is not in it would be submitted a second time by the next driver."""
+    made, one = job(Cluster("RUNNING", [None]))
+    made.ledger.unlink()
+    made.ledger.mkdir()  # written, it is an OSError
+    made._submit(one, "base", "command")
+    made.look([one])
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith(f"{made.ledger}: not written: Is a directory; ")
+    made.ledger.rmdir()
+    made.look([one])
+    assert [record["job_id"] for record in ledger.read_attempts(made.ledger)] == ["101"]
+
+
+def test_a_full_disk_submits_a_job_again_later(job):
+    cluster = Cluster("NODE_FAIL", [OSError(28, "No space left on device"), None])
+    made, one = job(cluster)
+    assert made.look([one]) == made.look([one]) == {}
+    assert (one.job_id, one.resubmitted) == ("101", {"node_failure": 1})

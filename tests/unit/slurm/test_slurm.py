@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,37 @@ def test_a_cluster_that_takes_no_job_now_is_asked_until_it_does(monkeypatch, cap
     executor.ready, executor.logger, executor.driver = True, logging.getLogger("test"), SimpleNamespace(submit=answer)
     assert executor._submit_patiently(None) == "submitted"
     assert caplog.messages == ["full; asking again in 0 s"] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "attempt"),
+    [
+        (OSError(28, "No space left on device"), "/run/jobs: not submitted: No space left on device", 1),
+        (
+            OSError(28, "No space left on device", "/run/jobs/ledger.jsonl"),
+            "/run/jobs/ledger.jsonl: not submitted: ",
+            1,
+        ),
+        (ValueError("sbatch refused the job"), "sbatch refused the job", 4),
+    ],
+)
+def test_a_submission_that_fails_ends_only_its_own_job_and_a_full_disk_leaves_the_retries(
+    monkeypatch, error, said, attempt
+):
+    ended = []
+
+    def refuse(job, command):
+        raise error
+
+    executor = object.__new__(plugin.Executor)
+    executor.ready, executor.logger, executor.lock, executor.active_jobs = True, logging.getLogger("test"), Lock(), []
+    monkeypatch.setattr(executor, "report_job_submission", lambda info, register_job: executor.active_jobs.append(info))
+    monkeypatch.setattr(executor, "report_job_error", lambda info, msg: ended.append(msg))
+    executor.driver = SimpleNamespace(submit=refuse, folder=Path("/run/jobs"))
+    job = SimpleNamespace(attempt=1, restart_times=3)
+    executor.run_job(job)
+    assert (len(ended), executor.active_jobs, job.attempt) == (1, [], attempt)
+    assert ended[0].startswith(said)
 
 
 UNREACHABLE = "Unable to contact slurm controller (connect failure)"
