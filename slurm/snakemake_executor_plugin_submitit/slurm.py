@@ -5,6 +5,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from pathlib import Path
 
 import submitit
@@ -28,6 +29,7 @@ TRANSIENT = re.compile(
 FULL = re.compile(r"(Assoc|QOS)\w*MaxSubmitJob\w*")
 RETRY_SECONDS = (2, 4, 8, 16, 30, 60, 60, 60)
 CANCEL_RETRY_SECONDS = (2, 4, 8)  # less patient: who cancels waits for it
+INTERRUPTED_SECONDS = 60  # for sbatch to answer after Ctrl-C
 SCANCEL_BATCH = 500
 ALREADY_OVER = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
 
@@ -53,6 +55,7 @@ class SlurmCluster:
         self.logger = logger
         self.status = SlurmStatus(logger.warning)
         self._told: set[str] = set()
+        self._unsure: list[Path] = []  # folders of submissions of which it is not known whether SLURM took them
         # Started from inside a job, the driver must not hand that job's SLURM_CPUS_PER_TASK and the like to its own.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]
@@ -65,7 +68,10 @@ class SlurmCluster:
             )
 
     def submit(self, allocation: Allocation, submission: Submission) -> None:
-        """Raises ValueError with SLURM's words when it refuses the job; what is transient is tried again for minutes."""
+        """Raises ValueError with SLURM's words when it refuses the job; what is transient is tried again for minutes.
+
+        However it ends without a job id, no job of it may run beside its successor.
+        """
         name = work.name_of(submission.rule, submission.record["wildcards"])
         names = [name for name in resources.ENVIRONMENT if name in os.environ]
         parameters = resources.slurm_parameters(submission.request, name, names)
@@ -75,25 +81,51 @@ class SlurmCluster:
         executor.update_parameters(**parameters)
         executor.unset = overriding(executor._make_submission_file_text("", ""), os.environ)
         self._tell_ignored(executor.unset)
+        self._end_unsure()
+        self._unsure.append(submission.folder)
+        try:
+            submission.record["job_id"] = self._submit(executor, allocation, name, submission)
+        except NotReached:
+            raise  # nobody to ask: before the next submission
+        except ValueError:
+            self._unsure.remove(submission.folder)
+            raise
+        except BaseException:  # Ctrl-C, or a full disk after sbatch's answer
+            try:
+                self._end_unsure()
+            except NotReached as error:
+                self.logger.error(f"{error}. A job {name} may be in the queue: look with squeue --me")
+            raise
+        self._unsure.remove(submission.folder)
+
+    def _submit(self, executor: "OwnSlurmExecutor", allocation: Allocation, name: str, submission: Submission) -> str:
+        """The job id. sbatch is asked again only once it is known that SLURM did not take the job after all."""
+        asked = False
         for delay in (*RETRY_SECONDS, None):
             try:
-                job_id = executor.submit(allocation).job_id
-                break
-            except (FailedJobError, FailedSubmissionError) as error:
-                words = _words(str(error))
-                if FULL.search(words):
-                    raise NotReached(f"rule {submission.rule}: sbatch: {words}") from error
-                if not TRANSIENT.search(words):
-                    raise ValueError(f"rule {submission.rule}: sbatch refused the job: {words}") from error
-                if delay is None:
-                    raise NotReached(f"rule {submission.rule}: sbatch: {words}") from error
-                self.logger.warning(f"{name}: sbatch: {words}; trying again in {delay} s")
-                time.sleep(delay)
-                job_id = self._find(submission.folder)
-                if job_id:
+                if asked and (job_id := self._find(submission.folder)):
                     _give_pickle(submission.folder, job_id)
-                    break
-        submission.record["job_id"] = job_id
+                    return job_id
+                asked = True
+                return _answer(executor, allocation)
+            except NotReached as error:
+                words, cause = str(error), error
+            except (FailedJobError, FailedSubmissionError) as error:
+                words, cause = f"sbatch: {_words(str(error))}", error
+                if not TRANSIENT.search(words) and not FULL.search(words):
+                    raise ValueError(f"rule {submission.rule}: sbatch refused the job: {_words(str(error))}") from error
+            if delay is None or FULL.search(words):
+                raise NotReached(f"rule {submission.rule}: {words}") from cause
+            self.logger.warning(f"{name}: {words}; trying again in {delay} s")
+            time.sleep(delay)
+
+    def _end_unsure(self) -> None:
+        """Cancel what SLURM took although nobody was told its id. Raises NotReached while that cannot be known."""
+        for folder in list(self._unsure):
+            job_id = self._find(folder)
+            if job_id and self._scancel([job_id]):
+                raise NotReached(f"scancel: job {job_id} of an earlier submission goes on")
+            self._unsure.remove(folder)
 
     def _tell_ignored(self, names: tuple[str, ...]) -> None:
         """Say once which variables of the user's sbatch does not get to see."""
@@ -106,12 +138,14 @@ class SlurmCluster:
             )
 
     def _find(self, folder: Path) -> str | None:
-        """The id of a job that was accepted although sbatch reported a failure."""
+        """The id of a job that was accepted although sbatch reported a failure. Raises NotReached when squeue fails."""
         command = ["squeue", "--noheader", "--all", f"--user={os.getuid()}", "--states=all", "-o", "%i|%k"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=squeue_environment())
-        except subprocess.TimeoutExpired:
-            return None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NotReached(f"squeue: {error}") from error
+        if done.returncode:
+            raise NotReached(f"squeue: {_words(done.stderr or f'exit code {done.returncode}')}")
         for line in done.stdout.splitlines():
             job_id, _, comment = line.partition("|")
             if comment.strip() == folder.name:
@@ -121,8 +155,9 @@ class SlurmCluster:
     def observe(self, submissions: list[Submission]) -> dict[str, Observation]:
         seen = self.status.observe(submissions)
         lost = [one for one in submissions if one.job_id in seen and seen[one.job_id].state == "LOST"]
-        if lost:
-            self.cancel(lost)  # should one run where it is not seen, it must not run beside its successor
+        # Should one run where it is not seen, it must not run beside its successor.
+        for job_id in self.cancel(lost):
+            del seen[job_id]
         return seen
 
     def ended(self, submissions: list[Submission]) -> dict[str, Observation]:
@@ -169,7 +204,19 @@ class OwnSlurmExecutor(submitit.SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         unset = [word for name in self.unset for word in ("-u", name)]
-        return ["env", *unset, *super()._make_submission_command(submission_file_path)]
+        # In a session of its own: Ctrl-C is for the driver, which wants to hear the answer.
+        return ["setsid", "--wait", "env", *unset, *super()._make_submission_command(submission_file_path)]
+
+
+def _answer(executor: OwnSlurmExecutor, allocation: Allocation) -> str:
+    """sbatch's job id. In a thread, which no Ctrl-C interrupts: only after the answer is there a job to find and to cancel."""
+    pool = futures.ThreadPoolExecutor(1)
+    answer = pool.submit(executor.submit, allocation)
+    try:
+        return answer.result().job_id
+    finally:
+        futures.wait([answer], INTERRUPTED_SECONDS)
+        pool.shutdown(wait=False)
 
 
 def overriding(script: str, environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -213,9 +260,11 @@ def _once(words: str) -> str:
 
 
 def _words(error: str) -> str:
-    """sbatch's own words out of submitit's message, scancel's out of what it printed."""
+    """sbatch's own words out of submitit's message, scancel's and squeue's out of what they printed."""
     lines = [
-        re.sub(r"^((sbatch|scancel): )?(error: )?", "", line).strip() for line in error.splitlines() if line.strip()
+        re.sub(r"^((sbatch|scancel|squeue|slurm_load_jobs): )?(error: )?", "", line).strip()
+        for line in error.splitlines()
+        if line.strip()
     ]
     said = [line for line in lines if not line.startswith(("Traceback", "subprocess."))]
     return "; ".join(said) or error.strip()

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
+import threading
+import time
 from pathlib import Path
-from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from snakemake_executor_plugin_submitit.job import Allocation
 from snakemake_executor_plugin_submitit.resources import read
 from snakemake_executor_plugin_submitit.work import Submission
 
+UNREACHABLE = "Unable to contact slurm controller (connect failure)"
 OVERRIDES = {"SBATCH_PARTITION": "other", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "TERM@1", "SBATCH_NO_REQUEUE": "1"}
 OVERRIDES |= {"SBATCH_EXPORT": "ALL", "SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "0-3", "SBATCH_MEM_PER_CPU": "1"}
 
@@ -128,6 +131,56 @@ def test_a_job_that_is_called_lost_is_cancelled_should_it_run_unseen(tmp_path, c
     assert (tmp_path / "cancelled").read_text() == "17\n"
 
 
+def test_a_job_that_vanished_and_cannot_be_cancelled_is_not_called_lost(tmp_path, commands, monkeypatch):
+    command(commands, "squeue", "exit 0")
+    command(commands, "sacct", "exit 1")
+    command(commands, "scancel", f"echo 'scancel: error: {UNREACHABLE}' >&2; exit 1")
+    monkeypatch.setitem(status.SETTLES_AFTER, "missing", 0)
+    one = submission(tmp_path, "17")
+    one.first_submitted = 1.0
+    assert slurm.SlurmCluster(logging.getLogger("test")).observe([one]) == {}
+
+
+def test_while_squeue_fails_a_job_is_not_submitted_a_second_time(tmp_path, commands, monkeypatch):
+    monkeypatch.setattr(slurm, "RETRY_SECONDS", (0, 0, 0))
+    command(commands, "sbatch", f"echo >> {tmp_path}/environment; echo '{UNREACHABLE}' >&2; exit 1")
+    command(commands, "squeue", f"echo >> {tmp_path}/asked; [ $(wc -l < {tmp_path}/asked) = 3 ] && echo '17|job'")
+    assert submit(slurm.SlurmCluster(logging.getLogger("test")), tmp_path) == set()
+    assert (tmp_path / "environment").read_text() == "\n"
+
+
+def test_what_an_unreachable_cluster_took_after_all_is_cancelled_before_its_successor(tmp_path, commands, monkeypatch):
+    monkeypatch.setattr(slurm, "RETRY_SECONDS", ())
+    command(commands, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    command(commands, "squeue", "echo '16|job'")
+    command(commands, "sbatch", f"echo '{UNREACHABLE}' >&2; exit 1")
+    cluster = slurm.SlurmCluster(logging.getLogger("test"))
+    with pytest.raises(NotReached):
+        submit(cluster, tmp_path)
+    command(commands, "sbatch", f"env > {tmp_path}/environment; echo Submitted batch job 17")
+    for _ in range(2):
+        submit(cluster, tmp_path)
+    assert (tmp_path / "cancelled").read_text() == "16\n"
+
+
+def test_a_job_whose_submission_is_interrupted_is_cancelled_once_sbatch_has_answered(tmp_path, commands):
+    answer = f"ps -o sid= -p $$ > {tmp_path}/session; sleep 1; echo '17|job' > {tmp_path}/queue"
+    command(commands, "sbatch", f"{answer}; echo Submitted batch job 17")
+    command(commands, "squeue", f"cat {tmp_path}/queue")
+    command(commands, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+
+    def interrupt():
+        while not (tmp_path / "session").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        submit(slurm.SlurmCluster(logging.getLogger("test")), tmp_path)
+    assert (tmp_path / "cancelled").read_text() == "17\n"
+    assert int((tmp_path / "session").read_text()) != os.getsid(0)  # a terminal's Ctrl-C does not reach it
+
+
 def test_a_full_account_is_no_refusal(tmp_path, commands):
     words = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
     command(commands, "sbatch", f"echo '{words}' >&2; exit 1")
@@ -172,7 +225,12 @@ def test_a_submission_that_fails_ends_only_its_own_job_and_a_full_disk_leaves_th
         raise error
 
     executor = object.__new__(plugin.Executor)
-    executor.ready, executor.logger, executor.lock, executor.active_jobs = True, logging.getLogger("test"), Lock(), []
+    executor.ready, executor.logger, executor.lock, executor.active_jobs = (
+        True,
+        logging.getLogger("test"),
+        threading.Lock(),
+        [],
+    )
     monkeypatch.setattr(executor, "report_job_submission", lambda info, register_job: executor.active_jobs.append(info))
     monkeypatch.setattr(executor, "report_job_error", lambda info, msg: ended.append(msg))
     executor.driver = SimpleNamespace(submit=refuse, folder=Path("/run/jobs"))
@@ -182,7 +240,6 @@ def test_a_submission_that_fails_ends_only_its_own_job_and_a_full_disk_leaves_th
     assert ended[0].startswith(said)
 
 
-UNREACHABLE = "Unable to contact slurm controller (connect failure)"
 ALL = ["17", "18", "19"]
 
 
