@@ -106,6 +106,7 @@ class Driver:
             cluster=self.cluster.name,
             log=str(job.log[0]) if job.log else None,
             key=key,
+            newest_input=work.newest_input(job),
         )
         submission = Submission(record, request, Path(), self.folder / "tokens" / name)
         with self._lock:
@@ -317,16 +318,7 @@ class Driver:
         self.accounting.ended(submission.record, submission.first_submitted, seen.settled)
 
     def _message(self, submission: Submission, decision) -> str:
-        """What failed, where its log is, and how the log ends."""
-        record = submission.record
-        code = "" if record["exit_code"] is None else f" (exit code {record['exit_code']})"
-        name = work.name_of(submission.rule, record["wildcards"])
-        printed = next(iter(sorted(submission.folder.glob("*_log.*"), key=lambda path: -path.stat().st_size)), None)
-        log = submission.log if work.has_written_its_log(submission) else printed
-        lines = [f"{name} failed{code}: {decision.why}", f"  job {submission.job_id}, log {log}"]
-        if record["node_names"]:
-            lines[1] += f", on {', '.join(record['node_names'])}"
-        return "\n".join([*lines, *(f"  | {line}" for line in work.last_lines(log, LOG_LINES))])
+        return work.failure_message(submission, decision.why, LOG_LINES)
 
     def cancel(self) -> None:
         """End all jobs of this driver, and write down how they ended."""
@@ -428,7 +420,7 @@ class Driver:
                 continue
             self.found.remove((submission, seen))
             ended = seen.state in ledger.FINAL
-            same = record["key"] == key and not work.inputs_newer_than(job, record["submitted"])
+            same = record["key"] == key and not work.is_out_of_date(record, job)
             if same and not adopted and (not ended or _complete(seen, job)):
                 adopted = submission
             elif not ended:

@@ -18,6 +18,7 @@ each event (`submitted`, `started`, `ended`) appends one line that holds the who
     log                    the rule's log file
     event                  what made this line: submitted, started, ended
     folder, pid, key       for the driver: the attempt's files, the local process, a fingerprint of the work
+    newest_input           unix seconds by the file system's clock: when the newest of its inputs had changed at submission
 
 GPU-hours are the sum over all records of gpus x (ended - started) / 3600; a record that never started costs nothing.
 """
@@ -64,6 +65,7 @@ FIELDS = [
     "folder",
     "pid",
     "key",
+    "newest_input",
 ]
 
 

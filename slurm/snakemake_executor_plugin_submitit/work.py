@@ -88,15 +88,34 @@ def fingerprint(job) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def inputs_newer_than(job, moment: float) -> bool:
-    """Whether an input changed after `moment` (unix seconds), so that what ran since then is out of date."""
+def newest_input(job) -> float:
+    """When the newest of the job's inputs changed, by the clock of its file system; 0 for none."""
+    newest = 0.0
     for path in job.input:
         try:
-            if os.stat(path).st_mtime > moment:
-                return True
+            newest = max(newest, os.stat(path).st_mtime)
         except OSError:
             continue
-    return False
+    return newest
+
+
+def is_out_of_date(record: dict, job) -> bool:
+    """Whether an input of the job changed after `record`, an attempt at the same work, was submitted."""
+    known = record.get("newest_input")  # the driver's clock may differ from the file server's
+    return newest_input(job) > (record["submitted"] if known is None else known)
+
+
+def failure_message(submission: Submission, why: str, count: int) -> str:
+    """What failed, where its log is, and the last `count` lines of that."""
+    record = submission.record
+    code = "" if record["exit_code"] is None else f" (exit code {record['exit_code']})"
+    name = name_of(submission.rule, record["wildcards"])
+    printed = next(iter(sorted(submission.folder.glob("*_log.*"), key=lambda path: -path.stat().st_size)), None)
+    log = submission.log if has_written_its_log(submission) else printed
+    lines = [f"{name} failed{code}: {why}", f"  job {submission.job_id}, log {log}"]
+    if record["node_names"]:
+        lines[1] += f", on {', '.join(record['node_names'])}"
+    return "\n".join([*lines, *(f"  | {line}" for line in last_lines(log, count))])
 
 
 def last_lines(path: str | os.PathLike | None, count: int, tail_bytes: int = 16384) -> list[str]:

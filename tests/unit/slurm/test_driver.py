@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from snakemake_executor_plugin_submitit import ExecutorSettings, driver, exits, ledger, resources, work
@@ -141,3 +142,17 @@ def test_a_full_disk_submits_a_job_again_later(job):
     made, one = job(cluster)
     assert made.look([one]) == made.look([one]) == {}
     assert (one.job_id, one.resubmitted) == ("101", {"node_failure": 1})
+
+
+@pytest.mark.parametrize(("changed_by", "out_of_date"), [(0, False), (5, True), (-5, False)])
+def test_a_job_is_out_of_date_once_an_input_changed_whatever_the_file_servers_clock(tmp_path, changed_by, out_of_date):
+    path = tmp_path / "tokens.json"
+    path.write_text("{}")
+    ahead = time.time() + 60
+    os.utime(path, (ahead, ahead))
+    task = SimpleNamespace(input=[path])
+    record = {"submitted": time.time(), "newest_input": work.newest_input(task)}
+    os.utime(path, (ahead + changed_by, ahead + changed_by))
+    assert work.is_out_of_date(record, task) == out_of_date
+    assert work.is_out_of_date({"submitted": time.time()}, task)  # of an older ledger: only its driver's clock is known
+    assert not work.is_out_of_date(record, SimpleNamespace(input=["none"]))
