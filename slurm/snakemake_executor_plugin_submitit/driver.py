@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import doctor, exits, ledger, resources, work
@@ -21,6 +21,7 @@ from .status import Observation
 from .work import Submission
 
 LOG_LINES = 15
+NO_NODE_LEFT = "Requested node configuration is not available"
 MANY_WAITING = 4  # jobs; more are told as a count
 
 
@@ -221,6 +222,7 @@ class Driver:
             run = seen.earlier[restart] if restart < len(seen.earlier) else Observation("REQUEUED")
             step = status.get("step")
             submission.step = step if step is not None else submission.step
+            record["node_names"] = run.nodes or record["node_names"]  # a launch that fails at once is seen on no node
             self._finish(submission, run, status)
             where = f" on {', '.join(run.nodes)}" if run.nodes else ""
             at = f" at step {step}" if step is not None else ""
@@ -280,6 +282,9 @@ class Driver:
             return None
         except ValueError as error:
             submission.request = before
+            if decision.avoid_nodes and NO_NODE_LEFT in str(error):
+                self._say(f"{name}: there is no node but {', '.join(submission.last_nodes)}")
+                return self._resubmit(submission, replace(decision, avoid_nodes=False))
             refused = Decision("give_up", "refused", f"{decision.why}; submitted again, it was refused: {error}")
             return Outcome(False, self._message(submission, refused), True)
         submission.resubmitted[decision.kind], submission.again = count, None
@@ -292,7 +297,8 @@ class Driver:
         status = exits.read_status(submission.folder, submission.restart) or {}
         started = seen.started or status.get("started")
         record["node_names"] = seen.nodes or record["node_names"]
-        submission.last_nodes = record["node_names"] or submission.last_nodes
+        earlier = [run.nodes for run in seen.earlier if run.nodes]
+        submission.last_nodes = record["node_names"] or (earlier[-1] if earlier else submission.last_nodes)
         record["eligible"] = seen.eligible or record["eligible"]
         record["reason"] = seen.reason
         record["gpu_type"] = status.get("gpu_type") or seen.gpu_type or record["gpu_type"]

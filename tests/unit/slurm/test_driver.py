@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from snakemake_executor_plugin_submitit import ExecutorSettings, driver, exits, ledger, resources, work
 from snakemake_executor_plugin_submitit.failures import NotReached
-from snakemake_executor_plugin_submitit.status import Observation
+from snakemake_executor_plugin_submitit.status import LAUNCH_FAILED, Observation
 
 
 class Cluster:
@@ -156,3 +156,25 @@ def test_a_job_is_out_of_date_once_an_input_changed_whatever_the_file_servers_cl
     assert work.is_out_of_date(record, task) == out_of_date
     assert work.is_out_of_date({"submitted": time.time()}, task)  # of an older ledger: only its driver's clock is known
     assert not work.is_out_of_date(record, SimpleNamespace(input=["none"]))
+
+
+class FailsToLaunch(Cluster):
+    """Job 100 is held after its launch failed at once: no look sees it on a node, only accounting has named one."""
+
+    def submit(self, allocation, submission):
+        super().submit(allocation, submission)
+        self.exclude = submission.request.exclude
+
+    def observe(self, submissions):
+        run = Observation("NODE_FAIL", started=1.0, ended=2.0, nodes=["n7"])
+        held = Observation("PENDING", LAUNCH_FAILED, restart=1, earlier=[run], launch_failed=True)
+        return {one.job_id: held if one.job_id == "100" else Observation("RUNNING") for one in submissions}
+
+
+@pytest.mark.parametrize(("answers", "exclude"), [([None], ("n7",)), ([REFUSED, None], ())])
+def test_a_job_whose_launch_failed_at_once_goes_to_another_node_where_there_is_one(job, answers, exclude):
+    cluster = FailsToLaunch("PENDING", answers)
+    made, one = job(cluster)
+    assert made.look([one]) == made.look([one]) == {}
+    assert (one.job_id, cluster.exclude, one.resubmitted) == ("101", exclude, {"node_failure": 1})
+    assert ledger.read_attempts(made.ledger)[0]["node_names"] == ["n7"]
