@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.follow:
             return follow(arguments.ledger, arguments.follow)
-        records = ledger.read_attempts(arguments.ledger)
+        records = read(arguments.ledger)
         if not records:
             print(f"{arguments.ledger}: no jobs yet. Another run's are listed with --results FOLDER.", file=sys.stderr)
             return 1
@@ -33,6 +33,25 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (BrokenPipeError, KeyboardInterrupt):
         return 130
+
+
+def read(path: Path) -> list[dict]:
+    """All attempts of a ledger, with their folders and logs where they are as seen from here.
+
+    They are written relative to the driver's working directory. Where that is not ours, the ledger beside the folders tells.
+    """
+    return [_located(record, path.parent) for record in ledger.read_attempts(path)]
+
+
+def _located(record: dict, place: Path) -> dict:
+    folder = Path(record["folder"] or "/")
+    here = place / folder.name
+    if folder.is_absolute() or not here.is_dir() or (folder.is_dir() and folder.samefile(here)):
+        return record
+    log = record["log"]
+    if log and not os.path.isabs(log):
+        log = os.path.normpath(place / os.path.relpath(log, folder.parent))
+    return {**record, "folder": str(here), "log": log}
 
 
 def table(records: list[dict], now: float, every_attempt: bool = False) -> str:
@@ -116,12 +135,12 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5, successor_seconds:
     """
 
     def newest() -> dict | None:
-        named = [record for record in ledger.read_attempts(path) if stage in _names(record, path.parent.parent)]
+        named = [record for record in read(path) if stage in _names(record, path.parent.parent)]
         return as_of_now(named)[-1] if named else None
 
     record = newest()
     if record is None:
-        known = sorted({_names(record, path.parent.parent)[-1] for record in ledger.read_attempts(path)})
+        known = sorted({_names(record, path.parent.parent)[-1] for record in read(path)})
         print(f"{path}: no job of {stage} yet; there are: {', '.join(known) or 'none'}", file=sys.stderr)
         return 1
     position, since = 0, -1

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from snakemake_executor_plugin_submitit.exits import status_path, write_whole
-from snakemake_executor_plugin_submitit.jobs import follow, table
+from snakemake_executor_plugin_submitit.jobs import follow, main, table
 from snakemake_executor_plugin_submitit.ledger import append, new_record
 
 JOBS = [sys.executable, "-m", "snakemake_executor_plugin_submitit.jobs"]
@@ -148,3 +148,24 @@ def test_a_stage_that_never_ran_is_named(tmp_path):
     )
     assert done.returncode == 1
     assert "no job of sft yet; there are: base" in done.stderr
+
+
+def test_the_jobs_of_a_run_are_found_from_any_working_directory(tmp_path, monkeypatch, capsys):
+    """Also beside a run whose paths are the same."""
+    for run, said in (("a", "other\n"), ("b", "cloze 0.3\n")):
+        results = tmp_path / run / "results"
+        log = results / "base/base.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(said)
+        known = {"folder": "results/jobs/base-1", "log": "results/base/base.log", "started": 1000.0, "state": "RUNNING"}
+        append(results / "jobs/ledger.jsonl", attempt(**known))
+    says(tmp_path / "b/results/jobs/base-1", 0, started=1000.0, ended=8200.0)
+    says(tmp_path / "a/results/jobs/base-1", 0, state="running", started=1000.0)
+    for place, results in (("a", "../b/results"), (".", "b/results"), ("b", "results"), (".", tmp_path / "b/results")):
+        monkeypatch.chdir(tmp_path / place)
+        assert main(["--results", str(results)]) == 0
+        line = capsys.readouterr().out.splitlines()[1].split()
+        assert line[2:5] == ["ENDED", "(success)", "2:00:00"]
+        assert line[-1] == f"{results}/base/base.log"
+        assert main(["--results", str(results), "--follow", "base"]) == 0
+        assert capsys.readouterr().out == "cloze 0.3\n"
