@@ -149,10 +149,10 @@ def follow(path: Path, stage: str, poll_seconds: float = 0.5, successor_seconds:
         record = newest() or record
         log = Path(record["log"] or "/dev/null")
         try:
-            inode = log.stat().st_ino
             with open(log, errors="replace") as file:
-                if inode != since:  # a new attempt starts a new file
-                    position, since = 0, inode
+                now = os.fstat(file.fileno())
+                if now.st_ino != since or now.st_size < position:  # a new attempt's file, which may have the old number
+                    position, since = 0, now.st_ino
                 file.seek(position)
                 sys.stdout.write(file.read())
                 sys.stdout.flush()

@@ -169,3 +169,17 @@ def test_the_jobs_of_a_run_are_found_from_any_working_directory(tmp_path, monkey
         assert line[-1] == f"{results}/base/base.log"
         assert main(["--results", str(results), "--follow", "base"]) == 0
         assert capsys.readouterr().out == "cloze 0.3\n"
+
+
+def test_following_sees_a_new_log_that_has_the_old_ones_inode(tmp_path):
+    ledger, log = tmp_path / "ledger.jsonl", tmp_path / "base.log"
+    log.write_text("first attempt, step 100\n")
+    append(ledger, attempt(state="RUNNING", started=1.0, log=str(log)))
+    follower = subprocess.Popen(
+        [*JOBS, "--ledger", str(ledger), "--follow", "base"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert follower.stdout.readline() == "first attempt, step 100\n"
+    log.write_text("second attempt\n")
+    time.sleep(1.2)  # two of its looks
+    append(ledger, attempt(state="COMPLETED", started=1.0, ended=2.0, log=str(log)))
+    assert follower.communicate(timeout=10)[0] == "second attempt\n"
