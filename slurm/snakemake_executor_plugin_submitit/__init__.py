@@ -209,7 +209,7 @@ class Executor(RemoteExecutor):
 
     def get_job_exec_prefix(self, job):
         return (
-            f"cd {os.path.abspath(self.workflow.workdir_init)!r}"
+            f"cd {shlex.quote(os.path.abspath(self.workflow.workdir_init))}"
             if not self.workflow.storage_settings.assume_common_workdir
             else ""
         )

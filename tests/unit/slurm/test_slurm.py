@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -271,3 +273,17 @@ def test_nothing_to_cancel_calls_nothing(tmp_path, commands):
     command(commands, "scancel", f"touch {tmp_path}/called")
     assert slurm.SlurmCluster(logging.getLogger("test")).cancel([]) == []
     assert not (tmp_path / "called").exists()
+
+
+def test_a_job_finds_its_python_and_its_folder_below_any_path(tmp_path, monkeypatch):
+    """Both the local and the SLURM executor run the command through `sh -c`."""
+    odd = tmp_path / 'it\'s $HOME, "mine"'
+    odd.mkdir()
+    (odd / "python").symlink_to("/bin/echo")
+    monkeypatch.setattr(sys, "executable", str(odd / "python"))
+    executor = object.__new__(plugin.Executor)
+    settings = SimpleNamespace(assume_common_workdir=False)
+    executor.workflow = SimpleNamespace(workdir_init=str(odd), storage_settings=settings)
+    script = f"{executor.get_job_exec_prefix(None)} && pwd && {executor.get_python_executable()} -m snakemake"
+    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str(odd), f"-m {plugin.__name__}.sigterm -m snakemake"], done.stderr
