@@ -62,9 +62,14 @@ def status_path(folder: str | os.PathLike, restart: int) -> Path:
 
 def read_status(folder: str | os.PathLike, restart: int) -> dict | None:
     """What the job says of itself (see job.py), or None while it has said nothing."""
+    return read_json(status_path(folder, restart))
+
+
+def read_json(path: Path) -> dict | None:
+    """What a job left for another to read, or None: a shared file system may fail to answer, which says nothing either."""
     try:
-        return json.loads(status_path(folder, restart).read_text())
-    except (OSError, ValueError):  # a shared file system may fail to answer: that says nothing either
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
 
 

@@ -145,10 +145,9 @@ class Allocation:
         """
         node = int(os.environ["SLURM_PROCID"])
         plan = ranks_path(self.folder, restart)
-        ranks = None
+        ranks, told = None, False
         while (exits.read_status(self.folder, restart) or {}).get("state") != "ended":
-            if ranks is None and plan.exists():
-                asked = json.loads(plan.read_text())
+            if ranks is None and (asked := exits.read_json(plan)):
                 own = {name: value for name, value in os.environ.items() if name.startswith(("SLURM", "CUDA_VISIBLE"))}
                 ranks = subprocess.Popen(
                     asked["command"],
@@ -159,8 +158,9 @@ class Allocation:
                 )
             for received in signals.wait(1.0):
                 _signal_all(_descendants(), received)
-            if ranks and ranks.poll() is not None and not (code := exits.node_exit_path(plan, node)).exists():
-                exits.write_whole(code, str(ranks.returncode))
+            if ranks and ranks.poll() is not None and not told:
+                exits.write_whole(exits.node_exit_path(plan, node), str(ranks.returncode))
+                told = True
         _end_descendants(EXIT_GRACE_SECONDS)
         return {}
 

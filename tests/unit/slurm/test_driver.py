@@ -109,6 +109,7 @@ def test_a_status_that_cannot_be_read_is_none_yet(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", stale)
     assert exits.read_status(tmp_path, 0) is None
+    assert exits.read_json(tmp_path / "ranks-0.json") is None
 
 
 @pytest.mark.parametrize(("cannot", "state"), [([], "CANCELLED"), (["100"], "PENDING")])
