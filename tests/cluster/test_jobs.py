@@ -1,6 +1,7 @@
 """What becomes of a job that fails, waits for ever, or is cancelled, and of a cluster that cannot be asked."""
 
 import os
+import shutil
 import signal
 import stat
 import time
@@ -116,6 +117,24 @@ def test_ctrl_c_cancels_the_jobs(run, cluster):
     assert driver.wait(60) != 0
     wait_until(lambda: cluster.call("squeue", "-h", "-t", "R,PD") == "", 20, "an empty queue")
     assert {record["state"] for record in driver.attempts()} == {"CANCELLED"}
+
+
+def test_ctrl_c_before_sbatch_has_answered_leaves_no_job(run, cluster, tmp_path):
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    sbatch = slow / "sbatch"
+    real = shutil.which("sbatch", path=cluster.environment["PATH"])
+    sbatch.write_text(
+        f'#!/bin/sh\ntouch {tmp_path}/asked\nsleep 2\n{real} "$@" || exit\ntouch {tmp_path}/taken\nsleep 2\n'
+    )
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    driver = run(sleepers(1, 300), "--submitit-doctor", "off", PATH=f"{slow}:{cluster.environment['PATH']}")
+    wait_until((tmp_path / "asked").exists, 60, "a submission")
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.wait(60) != 0
+    wait_until((tmp_path / "taken").exists, 20, "a job that SLURM took")
+    wait_until(lambda: cluster.call("squeue", "-h", "-t", "R,PD") == "", 20, "an empty queue")
+    assert driver.attempts() == []
 
 
 def test_a_killed_drivers_jobs_are_adopted(run, cluster):

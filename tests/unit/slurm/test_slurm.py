@@ -98,14 +98,16 @@ ROW = "17|PENDING|{reason}|N/A||0|N/A|N/A|"
         ("gpu,general", "PartitionTimeLimit", True),
         ("gpu,general", "InvalidAccount", False),
         ("gpu", "PartitionTimeLimit", False),
+        (None, "PartitionTimeLimit", True),  # SBATCH_PARTITION names them
     ],
 )
 def test_what_keeps_a_job_out_of_one_of_its_partitions_is_no_reason_to_give_up(
-    tmp_path, commands, partition, reason, waits
+    tmp_path, commands, monkeypatch, partition, reason, waits
 ):
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu,general")
     command(commands, "squeue", f"echo '{ROW.format(reason=reason)}'")
     command(commands, "sacct", "exit 1")
-    one = submission(tmp_path, "17", slurm_partition=partition)
+    one = submission(tmp_path, "17", **({"slurm_partition": partition} if partition else {}))
     seen = slurm.SlurmCluster(logging.getLogger("test")).observe([one])["17"]
     assert (seen.state, seen.reason) == ("PENDING", reason)
     assert (seen.never_starts is None) == waits
