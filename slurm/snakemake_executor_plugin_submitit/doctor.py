@@ -301,8 +301,8 @@ def probe_folder(folder: Path, request: Request, seconds: int = 20) -> Finding:
         lines = words.splitlines() or ["no message"]
         if not started:
             return Finding(WARNING, f"{folder}: not checked", f"srun was refused: {lines[-1]}")
-        said = next((line for line in lines if not line.startswith("srun:")), lines[-1])
-        return Finding(FATAL, f"{folder}: a node could not write it ({said})", "use a folder that all nodes share")
+        reason = next((line for line in lines if not line.startswith("srun:")), lines[-1])
+        return Finding(FATAL, f"{folder}: a node could not write it ({reason})", "use a folder that all nodes share")
 
 
 def minutes(text: str | None) -> int | None:

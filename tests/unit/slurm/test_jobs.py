@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from snakemake_executor_plugin_submitit.exits import status_path, write_whole
@@ -110,14 +111,20 @@ def test_following_waits_for_a_requeue_without_a_driver(tmp_path, capsys):
     ]
 
 
-def test_following_a_log_ends_with_the_job(tmp_path):
-    ledger, log = tmp_path / "ledger.jsonl", tmp_path / "base.log"
-    log.write_text("first\n")
+def follow_a_log(folder: Path, text: str) -> tuple[Path, Path, subprocess.Popen]:
+    """Ledger and log of a job that runs, and a process that has read `text`, one line, from it."""
+    ledger, log = folder / "ledger.jsonl", folder / "base.log"
+    log.write_text(text)
     append(ledger, attempt(state="RUNNING", started=1.0, log=str(log)))
     follower = subprocess.Popen(
         [*JOBS, "--ledger", str(ledger), "--follow", "base"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert follower.stdout.readline() == "first\n"
+    assert follower.stdout.readline() == text
+    return ledger, log, follower
+
+
+def test_following_a_log_ends_with_the_job(tmp_path):
+    ledger, log, follower = follow_a_log(tmp_path, "first\n")
     (tmp_path / "new").write_text("second attempt\n")
     (tmp_path / "new").rename(log)
     assert follower.stdout.readline() == "second attempt\n"
@@ -172,13 +179,7 @@ def test_the_jobs_of_a_run_are_found_from_any_working_directory(tmp_path, monkey
 
 
 def test_following_sees_a_new_log_that_has_the_old_ones_inode(tmp_path):
-    ledger, log = tmp_path / "ledger.jsonl", tmp_path / "base.log"
-    log.write_text("first attempt, step 100\n")
-    append(ledger, attempt(state="RUNNING", started=1.0, log=str(log)))
-    follower = subprocess.Popen(
-        [*JOBS, "--ledger", str(ledger), "--follow", "base"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert follower.stdout.readline() == "first attempt, step 100\n"
+    ledger, log, follower = follow_a_log(tmp_path, "first attempt, step 100\n")
     log.write_text("second attempt\n")
     time.sleep(1.2)  # two of its looks
     append(ledger, attempt(state="COMPLETED", started=1.0, ended=2.0, log=str(log)))

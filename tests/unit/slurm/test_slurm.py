@@ -124,25 +124,26 @@ def test_jobs_of_hidden_partitions_are_seen_whatever_the_users_squeue_leaves_out
     assert all(" --all " in line and line.endswith("[]") for line in asked)
 
 
-def test_a_job_that_is_called_lost_is_cancelled_should_it_run_unseen(tmp_path, commands, monkeypatch):
+def observe_vanished(folder: Path, commands: Path, monkeypatch, scancel: str) -> dict[str, status.Observation]:
+    """What one look makes of a job that SLURM does not name any more, where scancel does this."""
     command(commands, "squeue", "exit 0")
     command(commands, "sacct", "exit 1")
-    command(commands, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    command(commands, "scancel", scancel)
     monkeypatch.setitem(status.SETTLES_AFTER, "missing", 0)
-    one = submission(tmp_path, "17")
+    one = submission(folder, "17")
     one.first_submitted = 1.0
-    assert slurm.SlurmCluster(logging.getLogger("test")).observe([one])["17"].state == "LOST"
+    return slurm.SlurmCluster(logging.getLogger("test")).observe([one])
+
+
+def test_a_job_that_is_called_lost_is_cancelled_should_it_run_unseen(tmp_path, commands, monkeypatch):
+    seen = observe_vanished(tmp_path, commands, monkeypatch, f'echo "$@" >> {tmp_path}/cancelled')
+    assert seen["17"].state == "LOST"
     assert (tmp_path / "cancelled").read_text() == "17\n"
 
 
 def test_a_job_that_vanished_and_cannot_be_cancelled_is_not_called_lost(tmp_path, commands, monkeypatch):
-    command(commands, "squeue", "exit 0")
-    command(commands, "sacct", "exit 1")
-    command(commands, "scancel", f"echo 'scancel: error: {UNREACHABLE}' >&2; exit 1")
-    monkeypatch.setitem(status.SETTLES_AFTER, "missing", 0)
-    one = submission(tmp_path, "17")
-    one.first_submitted = 1.0
-    assert slurm.SlurmCluster(logging.getLogger("test")).observe([one]) == {}
+    failing = f"echo 'scancel: error: {UNREACHABLE}' >&2; exit 1"
+    assert observe_vanished(tmp_path, commands, monkeypatch, failing) == {}
 
 
 def test_while_squeue_fails_a_job_is_not_submitted_a_second_time(tmp_path, commands, monkeypatch):
