@@ -94,6 +94,7 @@ class Executor(RemoteExecutor):
             self.driver = Driver(settings, self.logger, dict(self.envvars()), self.workflow.resource_settings.cores)
             self.driver.check(list(self.workflow.dag.needrun_jobs()))
             self._warn_of_unknown_rules()
+            self._warn_of_unknown_resources()
         except ValueError as error:
             self.wait = False  # ends the polling thread; nothing was submitted
             raise WorkflowError(str(error)) from error
@@ -112,6 +113,20 @@ class Executor(RemoteExecutor):
                 similar = difflib.get_close_matches(name, rules, n=1)
                 hint = f" Did you mean {similar[0]}?" if similar else ""
                 self.logger.warning(f"{key}: {name}: no such rule; this has no effect.{hint}")
+
+    def _warn_of_unknown_resources(self):
+        """Snakemake passes over a misspelt resource too. Only what is like a known one: a rule may use others in its own ways."""
+        from .profiles import known_resources, meant_resource
+
+        settings = self.workflow.resource_settings
+        known = known_resources({*settings.resources, *settings.overwrite_resource_scopes})
+        asked = [("default-resources", name) for name in settings.default_resources or ()]
+        asked += [
+            (f"set-resources: {rule}", name) for rule, own in settings.overwrite_resources.items() for name in own
+        ]
+        for where, name in sorted(set(asked)):
+            if name not in known and (hint := meant_resource(name, known)):
+                self.logger.warning(f"{where}: {name}: no such resource; this has no effect: {hint}")
 
     def run_job(self, job):
         from .sigterm import answer_in_a_thread

@@ -1,6 +1,7 @@
 """A profile's requests, read as Snakemake reads them, before any workflow runs."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -75,19 +76,28 @@ def _unknown_rules(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _unknown_resources(content: dict[str, Any]) -> list[tuple[str, str]]:
-    known = resources.KEYS | TimeResources | {"tmpdir"}
-    known |= {name + unit for name in SizedResources for unit in ("", "_mb", "_mib")}
     # One that the workflow's own rules share out, downloads for example.
-    known |= {pair.partition("=")[0] for key in ("resources", "set-resource-scopes") for pair in _pairs(content, key)}
+    shared = {pair.partition("=")[0] for key in ("resources", "set-resource-scopes") for pair in _pairs(content, key)}
     found = []
     for key in ("default-resources", "set-resources"):
         for where, _, _ in dict.fromkeys(pair.partition("=") for pair in _pairs(content, key)):
             name = where.rpartition(":")[2]
-            if name not in known:
-                hint = f"did you mean {resources.OTHER_WORDS[name]}?" if name in resources.OTHER_WORDS else None
+            if name not in (known := known_resources(shared)):
                 what = f"{key}: {where.replace(':', ': ')}: no such resource; this has no effect"
-                found.append((what, hint or _hint(name, sorted(known))))
+                found.append((what, meant_resource(name, known) or _hint(name, sorted(known))))
     return found
+
+
+def known_resources(shared: Iterable[str]) -> set[str]:
+    """Names that Snakemake, the plugin or a workflow that shares out `shared` make something of."""
+    sizes = {name + unit for name in SizedResources for unit in ("", "_mb", "_mib")}
+    return {*resources.KEYS, *TimeResources, *sizes, "tmpdir", *shared}
+
+
+def meant_resource(name: str, known: set[str]) -> str | None:
+    """What a user who writes an unknown name may mean."""
+    word = resources.OTHER_WORDS.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
+    return f"did you mean {word}?" if word else None
 
 
 def _hint(name: str, names: list[str]) -> str:

@@ -173,6 +173,25 @@ def test_more_gpus_than_the_machine_has_are_refused_before_anything_runs(tmp_pat
     assert not (tmp_path / "starts").exists()
 
 
+@pytest.mark.slow
+def test_what_a_run_is_asked_for_without_effect_is_told_at_its_start(tmp_path):
+    """Snakemake passes over a misspelt rule or resource; a resource that a rule of the workflow's own uses is none."""
+    rule = (
+        'rule one:\n    output: "out/one"\n    resources: rounds=1\n    shell: "echo {resources.rounds} > {output}"\n'
+    )
+    asked = ["one:walltime=480", "one:rounds=3", "one:runtime=5", "oen:mem_mb=500"]
+    driver = start(tmp_path, rule, "--default-resources", "gpu_modell=h100", "--set-resources", *asked)
+    assert driver.wait(60) == 0, (tmp_path / "driver.log").read_text()
+    said = [line for line in (tmp_path / "driver.log").read_text().splitlines() if "has no effect" in line]
+    assert [line.partition(": no such")[0] for line in said] == [
+        "set-resources: oen",
+        "default-resources: gpu_modell",
+        "set-resources: one: walltime",
+    ]
+    assert [line.rpartition("id you mean ")[2] for line in said] == ["one?", "gpu_model?", "runtime?"]
+    assert (tmp_path / "out/one").read_text() == "3\n"
+
+
 def test_a_full_disk_under_the_drivers_own_output_does_not_stop_the_run(tmp_path):
     """`nohup snakemake ... > run.log &` and the quota is used up: the driver hung, and never submitted the next job."""
     two = (
