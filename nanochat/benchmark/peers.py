@@ -4,6 +4,7 @@ Their model is Llama's: its three MLP matrices of width x 8/3 hold as many param
 are random; the time of a greedy generation of a fixed number of tokens does not depend on them.
 """
 
+import ctypes
 import importlib.util
 import json
 import tempfile
@@ -114,58 +115,104 @@ def vllm_case(config: GPTConfig, new_tokens: int) -> Run:
 
 
 def llama_cpp_case(config: GPTConfig, device: torch.device, new_tokens: int) -> Run:
-    """Its decoder, all layers on the GPU, with flash attention and all rows in each batch.
+    """Its decoder, all layers on the GPU, with flash attention and all rows in each batch; tokens are chosen where the logits are.
 
-    Nothing is drawn from the logits: the same tokens are fed at every step. What choosing takes is left out of its time.
+    A context is kept for the next generation of as many rows: making one is no part of the time.
     """
     import llama_cpp
 
     model: list = []
+    contexts: dict[tuple[int, int], _LlamaContext] = {}
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # the library holds a bare pointer to it
 
-    def generate(prompts: list[list[int]]) -> None:
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
         if not model:
             path = write_gguf(Path(tempfile.mkdtemp(prefix="nanochat-llama-")) / "model.gguf", config)
             llama_cpp.llama_log_set(silent, None)
             settings = llama_cpp.llama_model_default_params()
             settings.n_gpu_layers = 999 if device.type == "cuda" else 0
             model.append(llama_cpp.llama_model_load_from_file(str(path).encode(), settings))
-        rows, first = len(prompts), len(prompts[0])
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max = rows * (first + new_tokens), rows
-        settings.n_batch = settings.n_ubatch = max(LLAMA_BATCH, first, rows)
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        context = llama_cpp.llama_init_from_model(model[0], settings)
-        batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
-        try:
-            _decode_all(llama_cpp, context, batch, prompts, new_tokens, settings.n_batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
-            llama_cpp.llama_free(context)
+        shape = len(prompts), len(prompts[0])
+        if shape not in contexts:
+            for context in contexts.values():
+                context.close()
+            contexts.clear()
+            contexts[shape] = _LlamaContext(model[0], *shape, new_tokens)
+        return contexts[shape].generate(prompts, new_tokens)
 
     return generate
 
 
-def _decode_all(llama_cpp, context, batch, prompts: list[list[int]], new_tokens: int, at_once: int) -> None:
-    """As many prompts at a time as `at_once` tokens hold, then `new_tokens` - 1 times a token of every row."""
+class _LlamaContext:
+    """llama.cpp's memory for `rows` rows of `length` + `new_tokens` tokens, and a greedy choice on its device for each."""
 
-    def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
-        """tokens: (id, position, row, whether its logits are wanted)."""
-        batch.n_tokens = len(tokens)
-        for i, (token, position, row, wanted) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
-            batch.seq_id[i][0] = row
-        if code := llama_cpp.llama_decode(context, batch):
+    def __init__(self, model, rows: int, length: int, new_tokens: int):
+        import llama_cpp as library
+
+        self.library = library
+        settings = library.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = rows * (length + new_tokens), rows
+        settings.n_batch = settings.n_ubatch = self.at_once = max(LLAMA_BATCH, length, rows)
+        settings.n_outputs_max, settings.n_outputs_max_per_seq = rows, 1
+        settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.samplers = [self._greedy() for _ in range(rows)]
+        configs = [(row, ctypes.cast(sampler, ctypes.c_void_p)) for row, sampler in enumerate(self.samplers)]
+        settings.samplers = (library.llama_sampler_seq_config * rows)(*configs)
+        settings.n_samplers = rows
+        self.context = library.llama_init_from_model(model, settings)
+        if not self.context:
+            raise RuntimeError(f"llama_init_from_model: no context of {rows} rows of {length + new_tokens} tokens")
+        self.batch = library.llama_batch_init(self.at_once, 0, 1)
+        arrays = (self.batch.token, self.batch.pos, self.batch.n_seq_id, self.batch.logits)
+        self.tokens, self.positions, self.counts, self.wanted = (
+            np.ctypeslib.as_array(array, (self.at_once,)) for array in arrays
+        )
+        self.counts[:] = 1
+
+    def _greedy(self):
+        chain = self.library.llama_sampler_chain_init(self.library.llama_sampler_chain_default_params())
+        self.library.llama_sampler_chain_add(chain, self.library.llama_sampler_init_greedy())
+        return chain
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """As many prompts at a time as a batch holds, then `new_tokens` - 1 times the token chosen last of every row."""
+        length, rows = len(prompts[0]), len(prompts)
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
+        chosen = []
+        together = max(1, self.at_once // length)
+        for first in range(0, rows, together):
+            part = range(first, min(first + together, rows))
+            size = len(part) * length
+            self.tokens[:size] = [token for row in part for token in prompts[row]]
+            self.positions[:size] = np.tile(np.arange(length), len(part))
+            self.wanted[:size] = np.tile(np.arange(length) == length - 1, len(part))
+            for i in range(size):
+                self.batch.seq_id[i][0] = part[i // length]
+            chosen += self._decode(size, range(length - 1, size, length))
+        for row in range(rows):
+            self.batch.seq_id[row][0] = row
+        self.wanted[:rows] = 1
+        made = [chosen]
+        for position in range(length, length + new_tokens - 1):
+            self.tokens[:rows], self.positions[:rows] = made[-1], position
+            made.append(self._decode(rows, range(rows)))
+        return [list(row) for row in zip(*made, strict=True)]
+
+    def _decode(self, size: int, outputs: range) -> list[int]:
+        """Run the first `size` tokens of the batch; the tokens chosen after those at `outputs`."""
+        self.batch.n_tokens = size
+        if code := self.library.llama_decode(self.context, self.batch):
             raise RuntimeError(f"llama_decode: {code}")
-        llama_cpp.llama_synchronize(context)
+        chosen = [self.library.llama_get_sampled_token_ith(self.context, i) for i in outputs]
+        if min(chosen) < 0:
+            raise RuntimeError("llama.cpp chose no token: its samplers do not run on this device")
+        return chosen
 
-    length = len(prompts[0])
-    together = max(1, at_once // length)
-    for first in range(0, len(prompts), together):
-        rows = range(first, min(first + together, len(prompts)))
-        decode([(token, at, row, at == length - 1) for row in rows for at, token in enumerate(prompts[row])])
-    for position in range(length, length + new_tokens - 1):
-        decode([(prompt[0], position, row, True) for row, prompt in enumerate(prompts)])
+    def close(self) -> None:
+        self.library.llama_batch_free(self.batch)
+        self.library.llama_free(self.context)
+        for sampler in self.samplers:
+            self.library.llama_sampler_free(sampler)
 
 
 def write_gguf(path: Path, config: GPTConfig) -> Path:

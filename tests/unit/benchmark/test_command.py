@@ -391,7 +391,10 @@ def test_llama_cpp_decodes_several_rows():
         "llama_cpp", reason="llama-cpp-python is not installed: it is compiled for the machine it runs on"
     )
     run = peers.llama_cpp_case(random_model(TINY).config, torch.device("cpu"), new_tokens=4)
-    run([[5] * 8] * 3)
+    alone, other = (run([prompt])[0] for prompt in ([5] * 8, [9] * 8))
+    for _ in range(2):  # the second time in the context of the first
+        assert run([[5] * 8, [9] * 8, [5] * 8]) == [alone, other, alone]
+    assert len(alone) == 4
 
 
 def test_mixed_lengths_long_prompts_and_captures_are_measured():
