@@ -179,9 +179,14 @@ def test_a_job_whose_submission_is_interrupted_is_cancelled_once_sbatch_has_answ
             time.sleep(0.01)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        submit(slurm.SlurmCluster(logging.getLogger("test")), tmp_path)
+    # Where these tests run in the background of a shell, SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            submit(slurm.SlurmCluster(logging.getLogger("test")), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "cancelled").read_text() == "17\n"
     assert int((tmp_path / "session").read_text()) != os.getsid(0)  # a terminal's Ctrl-C does not reach it
 
