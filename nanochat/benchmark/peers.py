@@ -147,22 +147,22 @@ class _LlamaContext:
     """llama.cpp's memory for `rows` rows of `length` + `new_tokens` tokens, and a greedy choice on its device for each."""
 
     def __init__(self, model, rows: int, length: int, new_tokens: int):
-        import llama_cpp as library
+        import llama_cpp
 
-        self.library = library
-        settings = library.llama_context_default_params()
+        self.llama = llama_cpp
+        settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = rows * (length + new_tokens), rows
         settings.n_batch = settings.n_ubatch = self.at_once = max(LLAMA_BATCH, length, rows)
         settings.n_outputs_max, settings.n_outputs_max_per_seq = rows, 1
-        settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.samplers = [self._greedy() for _ in range(rows)]
         configs = [(row, ctypes.cast(sampler, ctypes.c_void_p)) for row, sampler in enumerate(self.samplers)]
-        settings.samplers = (library.llama_sampler_seq_config * rows)(*configs)
+        settings.samplers = (llama_cpp.llama_sampler_seq_config * rows)(*configs)
         settings.n_samplers = rows
-        self.context = library.llama_init_from_model(model, settings)
+        self.context = llama_cpp.llama_init_from_model(model, settings)
         if not self.context:
             raise RuntimeError(f"llama_init_from_model: no context of {rows} rows of {length + new_tokens} tokens")
-        self.batch = library.llama_batch_init(self.at_once, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(self.at_once, 0, 1)
         arrays = (self.batch.token, self.batch.pos, self.batch.n_seq_id, self.batch.logits)
         self.tokens, self.positions, self.counts, self.wanted = (
             np.ctypeslib.as_array(array, (self.at_once,)) for array in arrays
@@ -170,14 +170,14 @@ class _LlamaContext:
         self.counts[:] = 1
 
     def _greedy(self):
-        chain = self.library.llama_sampler_chain_init(self.library.llama_sampler_chain_default_params())
-        self.library.llama_sampler_chain_add(chain, self.library.llama_sampler_init_greedy())
+        chain = self.llama.llama_sampler_chain_init(self.llama.llama_sampler_chain_default_params())
+        self.llama.llama_sampler_chain_add(chain, self.llama.llama_sampler_init_greedy())
         return chain
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """As many prompts at a time as a batch holds, then `new_tokens` - 1 times the token chosen last of every row."""
         length, rows = len(prompts[0]), len(prompts)
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), False)
         chosen = []
         together = max(1, self.at_once // length)
         for first in range(0, rows, together):
@@ -201,18 +201,18 @@ class _LlamaContext:
     def _decode(self, size: int, outputs: range) -> list[int]:
         """Run the first `size` tokens of the batch; the tokens chosen after those at `outputs`."""
         self.batch.n_tokens = size
-        if code := self.library.llama_decode(self.context, self.batch):
+        if code := self.llama.llama_decode(self.context, self.batch):
             raise RuntimeError(f"llama_decode: {code}")
-        chosen = [self.library.llama_get_sampled_token_ith(self.context, i) for i in outputs]
+        chosen = [self.llama.llama_get_sampled_token_ith(self.context, i) for i in outputs]
         if min(chosen) < 0:
             raise RuntimeError("llama.cpp chose no token: its samplers do not run on this device")
         return chosen
 
     def close(self) -> None:
-        self.library.llama_batch_free(self.batch)
-        self.library.llama_free(self.context)
+        self.llama.llama_batch_free(self.batch)
+        self.llama.llama_free(self.context)
         for sampler in self.samplers:
-            self.library.llama_sampler_free(sampler)
+            self.llama.llama_sampler_free(sampler)
 
 
 def write_gguf(path: Path, config: GPTConfig) -> Path:

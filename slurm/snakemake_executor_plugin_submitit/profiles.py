@@ -78,11 +78,11 @@ def _unknown_rules(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _unknown_resources(content: dict[str, Any]) -> list[tuple[str, str]]:
     # One that the workflow's own rules share out, downloads for example.
     shared = {pair.partition("=")[0] for key in ("resources", "set-resource-scopes") for pair in _pairs(content, key)}
-    found = []
+    known, found = known_resources(shared), []
     for key in ("default-resources", "set-resources"):
         for where, _, _ in dict.fromkeys(pair.partition("=") for pair in _pairs(content, key)):
             name = where.rpartition(":")[2]
-            if name not in (known := known_resources(shared)):
+            if name not in known:
                 what = f"{key}: {where.replace(':', ': ')}: no such resource; this has no effect"
                 found.append((what, meant_resource(name, known) or _hint(name, sorted(known))))
     return found
